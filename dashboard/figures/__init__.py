@@ -1,0 +1,40 @@
+"""Pictures as data: pure functions from arrays to Plotly figures, one panel a file.
+
+::
+
+    import plotly.graph_objects as go
+    from normuon_lens.dashboard.figures import Curve, spectrum_figure, style_of
+
+    go.Figure(spectrum_figure([Curve("Muon", style_of("Muon"), index, sigma)]))
+
+They compute nothing but layout and import neither Dash nor Plotly: a figure is a plain dict of
+JSON values, and carries exactly the numbers it was given.
+"""
+
+from .condition import condition_figure
+from .frame import Band, Curve, Grid, empty_figure, with_cursor
+from .imbalance import imbalance_figure
+from .loss import Loss, loss_figure
+from .neurons import neurons_figure
+from .palette import Style, faded, style_of, variant
+from .spectrum import spectrum_figure
+from .timeline import timeline_figure
+
+__all__ = [
+    "Band",
+    "Curve",
+    "Grid",
+    "Loss",
+    "Style",
+    "condition_figure",
+    "empty_figure",
+    "faded",
+    "imbalance_figure",
+    "loss_figure",
+    "neurons_figure",
+    "spectrum_figure",
+    "style_of",
+    "timeline_figure",
+    "variant",
+    "with_cursor",
+]

@@ -1,0 +1,63 @@
+"""Panel C: how unevenly the updates treat directions, over the whole training."""
+
+from collections.abc import Sequence
+from typing import Any
+
+from normuon_lens.metrics import CATALOGUE
+
+from .frame import Band, Figure, cursor, dimmed, layout, log_axis, name_of, numbers
+from .frame import band as healthy_band
+from .palette import faded
+
+TITLE = "Condition number"
+READING = (
+    "Strongest direction over weakest: 1 is a perfectly even step. Line: median over the matrices; "
+    "band: 10–90 % of them; tint: where Muon and NorMuon usually stay."
+)
+
+HEALTHY = CATALOGUE["condition_number"].healthy["NorMuon"]
+
+
+def condition_figure(
+    bands: Sequence[Band], *, until: int = 0, step: int | None = None, dark: bool = False
+) -> Figure:
+    """Return condition numbers over steps, a median and a band a run, on a log axis.
+
+    Parameters
+    ----------
+    bands : sequence of Band
+        Median, 10th and 90th percentile over the matrices; NaN where there is none.
+    until : int
+        Last of the steps to veil.
+    step : int, optional
+        Where the cursor stands.
+    dark : bool
+        Theme.
+    """
+    base = layout(dark, x="optimizer step", y="condition number")
+    base["yaxis"] = log_axis(dark, "condition number")
+    base["shapes"] = [*cursor(step, dark), *dimmed(until, dark), healthy_band(*HEALTHY, dark)]
+    return {"data": [trace for one in bands for trace in _traces(one)], "layout": base}
+
+
+def _traces(band: Band) -> list[Figure]:
+    """Upper edge, lower edge filled up to it, and the median on top."""
+    common: dict[str, Any] = {
+        "type": "scatter",
+        "mode": "lines",
+        "x": numbers(band.steps),
+        "name": name_of(band.name),
+        "legendgroup": name_of(band.name),
+    }
+    edge = {
+        "line": {"width": 0, "color": band.style.colour},
+        "showlegend": False,
+        "hoverinfo": "skip",
+    }
+    fill = {"fill": "tonexty", "fillcolor": faded(band.style.colour, 0.16)}
+    line = {"color": band.style.colour, "dash": band.style.dash, "width": 2}
+    return [
+        {**common, **edge, "y": numbers(band.high)},
+        {**common, **edge, **fill, "y": numbers(band.low)},
+        {**common, "y": numbers(band.middle), "line": line, "hovertemplate": "%{y:.3g}"},
+    ]

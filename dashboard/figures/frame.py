@@ -1,0 +1,406 @@
+"""What all pictures share: the two themes, axes, the cursor, and how arrays are written down."""
+
+from __future__ import annotations
+
+import base64
+import html
+from collections.abc import Mapping, Sequence
+from typing import Any, NamedTuple
+
+import numpy as np
+
+from .palette import Style, faded
+
+Figure = dict[str, Any]
+
+FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
+
+
+class Curve(NamedTuple):
+    """One line: its name, its style, and x and y of equal length (NaN breaks the line)."""
+
+    name: str
+    style: Style
+    x: np.ndarray
+    y: np.ndarray
+
+
+class Band(NamedTuple):
+    """A line with a band around it, over steps (T,); low, middle and high are (T,) too."""
+
+    name: str
+    style: Style
+    steps: np.ndarray
+    low: np.ndarray
+    middle: np.ndarray
+    high: np.ndarray
+
+
+class Grid(NamedTuple):
+    """A heatmap: values (R, T) over steps (T,) and rows, named or numbered (R)."""
+
+    name: str
+    style: Style
+    steps: np.ndarray
+    rows: Sequence[Any]
+    values: np.ndarray
+
+
+class Theme(NamedTuple):
+    """Colours of everything that is no data."""
+
+    ink: str
+    soft: str
+    grid: str
+    paper: str
+    healthy: str
+    heat: tuple[tuple[float, str], ...]
+    balance: tuple[tuple[float, str], ...]
+
+
+LIGHT = Theme(
+    ink="#1c2330",
+    soft="#5b6575",
+    grid="#e8ebf0",
+    paper="#ffffff",
+    healthy="rgba(0,158,115,0.09)",
+    heat=(
+        (0.0, "#eef2f6"),
+        (0.25, "#fbe0b5"),
+        (0.5, "#f3a152"),
+        (0.75, "#cf4a2b"),
+        (1.0, "#6d1330"),
+    ),
+    balance=(
+        (0.0, "#0b3c6f"),
+        (0.25, "#5d9ccb"),
+        (0.5, "#f4f5f7"),
+        (0.75, "#ea9a57"),
+        (1.0, "#8f2d0c"),
+    ),
+)
+DARK = Theme(
+    ink="#e6e9ef",
+    soft="#9aa4b4",
+    grid="#2b323e",
+    paper="#181d26",
+    healthy="rgba(0,190,140,0.10)",
+    heat=(
+        (0.0, "#232a36"),
+        (0.25, "#6a2c4f"),
+        (0.5, "#c04a36"),
+        (0.75, "#f0a04b"),
+        (1.0, "#fdf0b8"),
+    ),
+    balance=(
+        (0.0, "#8cc6f5"),
+        (0.25, "#35709f"),
+        (0.5, "#222833"),
+        (0.75, "#b5652b"),
+        (1.0, "#ffc48a"),
+    ),
+)
+"""Heatmaps begin at the colour of the page, so that what is healthy recedes in both themes."""
+
+
+def theme(dark: bool) -> Theme:
+    """Return the dark or the light theme."""
+    return DARK if dark else LIGHT
+
+
+def layout(dark: bool, *, x: str, y: str, **more: Any) -> Figure:
+    """Return the layout that all pictures start from, with titles of the x and the y axis."""
+    colours = theme(dark)
+    return {
+        "font": {"family": FONT, "size": 12, "color": colours.ink},
+        "paper_bgcolor": colours.paper,
+        "plot_bgcolor": colours.paper,
+        "margin": {"l": 56, "r": 12, "t": 30, "b": 42},
+        "hovermode": "x unified",
+        "hoverlabel": {
+            "bgcolor": colours.paper,
+            "bordercolor": colours.grid,
+            "font": {"family": FONT, "size": 12, "color": colours.ink},
+        },
+        "legend": {
+            "orientation": "h",
+            "x": 0,
+            "y": 1.02,
+            "yanchor": "bottom",
+            "font": {"size": 11.5},
+            "itemclick": False,
+            "itemdoubleclick": False,
+        },
+        "xaxis": axis(dark, x),
+        "yaxis": axis(dark, y),
+        **more,
+    }
+
+
+def axis(dark: bool, title: str = "", **more: Any) -> Figure:
+    """Return an axis without ornaments: no zero line, faint grid, quiet title."""
+    colours = theme(dark)
+    return {
+        "title": {"text": title, "font": {"size": 12, "color": colours.soft}, "standoff": 8},
+        "gridcolor": colours.grid,
+        "linecolor": colours.grid,
+        "tickfont": {"size": 11, "color": colours.soft},
+        "zeroline": False,
+        "automargin": True,
+        **more,
+    }
+
+
+def log_axis(dark: bool, title: str) -> Figure:
+    """Return a logarithmic axis with plain numbers, or powers of ten over many decades."""
+    return axis(dark, title, type="log", dtick="D1", exponentformat="power")
+
+
+def empty_figure(text: str, *, dark: bool = False) -> Figure:
+    """Return a picture of nothing that says why: `text`, shown as it is."""
+    colours = theme(dark)
+    note = {
+        "text": "<br>".join(html.escape(line, quote=False) for line in text.splitlines()),
+        "x": 0.5,
+        "y": 0.5,
+        "xref": "paper",
+        "yref": "paper",
+        "showarrow": False,
+        "font": {"size": 13, "color": colours.soft},
+    }
+    bare = layout(dark, x="", y="", annotations=[note])
+    bare["xaxis"] = bare["yaxis"] = {"visible": False}
+    return {"data": [], "layout": bare}
+
+
+def name_of(text: str) -> str:
+    """Return a name from a file as inert text: Plotly reads tags and links in what it shows."""
+    return html.escape(text, quote=False)
+
+
+def line_trace(curve: Curve, **more: Any) -> Figure:
+    """Return a line trace of a curve."""
+    return {
+        "type": "scatter",
+        "mode": "lines",
+        "name": name_of(curve.name),
+        "x": numbers(curve.x),
+        "y": numbers(curve.y),
+        "line": {"color": curve.style.colour, "dash": curve.style.dash, "width": 2},
+        **more,
+    }
+
+
+def numbers(values: np.ndarray) -> list[Any]:
+    """Return an array as a plain list, None where not finite: what a browser can be patched with."""
+    plain: list[Any] = values.tolist()
+    if values.dtype.kind == "f":
+        return [value if ok else None for value, ok in zip(plain, np.isfinite(values), strict=True)]
+    return plain
+
+
+def typed(values: np.ndarray) -> Mapping[str, str]:
+    """Return an (R, T) array as Plotly's typed array, float32: a fifth of the time of a list.
+
+    A numpy array left in a plain dict would go out as text.
+    """
+    image = base64.b64encode(np.ascontiguousarray(values, "<f4").tobytes()).decode()
+    return {"dtype": "f4", "bdata": image, "shape": f"{values.shape[0]}, {values.shape[1]}"}
+
+
+# -- shapes --------------------------------------------------------------------------------------
+
+CURSOR = "cursor"
+
+
+def cursor(step: int | None, dark: bool, panels: int = 1) -> list[Figure]:
+    """Return one vertical line a panel at the chosen step; invisible where none is chosen."""
+    line = {"color": theme(dark).ink, "width": 1.25}
+    return [
+        _across(panel, "line", step or 0, step or 0, name=CURSOR, line=line, visible=step is not None)
+        for panel in range(panels)
+    ]
+
+
+def dimmed(until: int, dark: bool, panels: int = 1) -> list[Figure]:
+    """Return a veil over the steps up to `until`, which say little about an optimizer."""
+    veil = {"fillcolor": faded(theme(dark).paper, 0.62), "line": {"width": 0}}
+    return [_across(panel, "rect", 0, until + 0.5, **veil) for panel in range(panels)]
+
+
+def band(low: float, high: float, dark: bool) -> Figure:
+    """Return the healthy range of y, behind the data."""
+    return {
+        "type": "rect",
+        "xref": "x domain",
+        "x0": 0,
+        "x1": 1,
+        "yref": "y",
+        "y0": low,
+        "y1": high,
+        "layer": "below",
+        "fillcolor": theme(dark).healthy,
+        "line": {"width": 0},
+    }
+
+
+def level(y: float, dark: bool) -> Figure:
+    """Return a thin line at a y that means something."""
+    return {
+        "type": "line",
+        "xref": "x domain",
+        "x0": 0,
+        "x1": 1,
+        "yref": "y",
+        "y0": y,
+        "y1": y,
+        "layer": "below",
+        "line": {"color": theme(dark).soft, "width": 1, "dash": "2px,3px"},
+    }
+
+
+def remark(text: str, dark: bool, **place: Any) -> Figure:
+    """Return a small text in the picture, such as what its band means."""
+    return {
+        "text": text,
+        "showarrow": False,
+        "font": {"size": 10.5, "color": theme(dark).soft},
+        **place,
+    }
+
+
+def cursors(figure: Figure) -> int:
+    """Return how many cursors a figure has; they are the first of its shapes."""
+    shapes = figure["layout"].get("shapes", [])
+    return sum(shape.get("name") == CURSOR for shape in shapes)
+
+
+def with_cursor(figure: Figure, step: int | None, *, dark: bool = False) -> Figure:
+    """Return a figure over steps with its cursor moved to `step`; its other shapes are kept."""
+    shapes = figure["layout"].get("shapes", [])
+    lines = cursors(figure)
+    moved = cursor(step, dark, lines) + shapes[lines:]
+    return {**figure, "layout": {**figure["layout"], "shapes": moved}}
+
+
+def _across(panel: int, kind: str, left: float, right: float, **more: Any) -> Figure:
+    number = "" if panel == 0 else str(panel + 1)
+    return {
+        "type": kind,
+        "xref": f"x{number}",
+        "x0": left,
+        "x1": right,
+        "yref": f"y{number} domain",
+        "y0": 0,
+        "y1": 1,
+        **more,
+    }
+
+
+# -- heatmaps side by side -----------------------------------------------------------------------
+
+GAP = 0.018
+"""Space between two heatmaps, as a share of the width."""
+
+
+def heatmaps(
+    grids: Sequence[Grid],
+    *,
+    dark: bool,
+    y: str,
+    hover: str,
+    colours: Figure,
+    until: int,
+    step: int | None,
+    **yaxis: Any,
+) -> Figure:
+    """Return one heatmap a run, side by side, with one colour axis and zooming as one.
+
+    Parameters
+    ----------
+    grids : sequence of Grid
+        At least one.
+    y : str
+        Title of the y axis.
+    hover : str
+        Plotly hover template.
+    colours : dict
+        The colour axis.
+    until : int
+        Last of the steps to veil.
+    step : int or None
+        Where the cursor stands.
+    **yaxis
+        Further properties of every y axis.
+    """
+    base = layout(dark, x="optimizer step", y=y, hovermode="closest", coloraxis=colours)
+    base["margin"] = {**base["margin"], "t": 26, "r": 4}
+    del base["xaxis"], base["yaxis"]
+    width = (1 - GAP * (len(grids) - 1)) / len(grids)
+    traces, titles = [], []
+    for i, grid in enumerate(grids):
+        number = "" if i == 0 else str(i + 1)
+        left = i * (width + GAP)
+        shared = {"matches": "x"} if i else {}
+        base[f"xaxis{number}"] = axis(
+            dark,
+            "optimizer step",
+            domain=[left, min(left + width, 1.0)],
+            anchor=f"y{number}",
+            showgrid=False,
+            **shared,
+        )
+        shared = {"matches": "y", "showticklabels": False} if i else {}
+        base[f"yaxis{number}"] = axis(
+            dark,
+            "" if i else y,
+            anchor=f"x{number}",
+            autorange="reversed",
+            showgrid=False,
+            **yaxis,
+            **shared,
+        )
+        traces.append(
+            {
+                "type": "heatmap",
+                "name": name_of(grid.name),
+                "x": numbers(grid.steps),
+                "y": list(grid.rows),
+                "z": typed(grid.values),
+                "xaxis": f"x{number}",
+                "yaxis": f"y{number}",
+                "coloraxis": "coloraxis",
+                "hovertemplate": hover,
+            }
+        )
+        key = f'<span style="color:{grid.style.colour}">▬</span> {name_of(grid.name)}'
+        titles.append(
+            {
+                "text": key,
+                "showarrow": False,
+                "xref": f"x{number} domain",
+                "x": 0,
+                "xanchor": "left",
+                "yref": "paper",
+                "y": 1,
+                "yanchor": "bottom",
+                "font": {"size": 12, "color": theme(dark).ink},
+            }
+        )
+    base["annotations"] = titles
+    base["shapes"] = cursor(step, dark, len(grids)) + dimmed(until, dark, len(grids))
+    return {"data": traces, "layout": base}
+
+
+def colour_axis(dark: bool, title: str, scale: Sequence[Any], **more: Any) -> Figure:
+    """Return a colour axis with a slim bar beside the picture."""
+    colours = theme(dark)
+    bar = {
+        "title": {"text": title, "side": "right", "font": {"size": 11, "color": colours.soft}},
+        "thickness": 10,
+        "outlinewidth": 0,
+        "xpad": 6,
+        "tickfont": {"size": 11, "color": colours.soft},
+        **more.pop("colorbar", {}),
+    }
+    return {"colorscale": [list(stop) for stop in scale], "colorbar": bar, **more}

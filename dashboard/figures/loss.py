@@ -1,0 +1,49 @@
+"""Panel F: what it is all for."""
+
+from collections.abc import Sequence
+from typing import NamedTuple
+
+import numpy as np
+
+from .frame import Curve, Figure, cursor, dimmed, layout, line_trace
+from .palette import faded
+
+TITLE = "Loss"
+READING = "Training loss: smoothed, over the raw values."
+
+
+class Loss(NamedTuple):
+    """A run's smoothed loss, and the raw values (T,) at the same steps behind it."""
+
+    smooth: Curve
+    raw: np.ndarray
+
+
+def loss_figure(
+    losses: Sequence[Loss], *, until: int = 0, step: int | None = None, dark: bool = False
+) -> Figure:
+    """Return the losses of all runs over steps, smoothed lines over faint raw ones.
+
+    Parameters
+    ----------
+    losses : sequence of Loss
+    until : int
+        Last of the steps to veil.
+    step : int, optional
+        Where the cursor stands.
+    dark : bool
+        Theme.
+    """
+    base = layout(dark, x="optimizer step", y="loss")
+    base["shapes"] = [*cursor(step, dark), *dimmed(until, dark)]
+    raw = [
+        line_trace(
+            smooth._replace(y=values),
+            line={"color": faded(smooth.style.colour, 0.3), "width": 1},
+            showlegend=False,
+            hoverinfo="skip",
+        )
+        for smooth, values in losses
+    ]
+    lines = [line_trace(loss.smooth, hovertemplate="%{y:.3f}") for loss in losses]
+    return {"data": raw + lines, "layout": base}

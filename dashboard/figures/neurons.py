@@ -1,0 +1,28 @@
+"""Panel B: who moves how far, neuron by neuron."""
+
+from collections.abc import Sequence
+
+from .frame import Curve, Figure, axis, layout, level, line_trace
+
+TITLE = "Neurons"
+READING = (
+    "How far each neuron moves, over the mean, busiest first. On the line at 1 all move equally; "
+    "the left end is overworked, the right end starves."
+)
+
+
+def neurons_figure(curves: Sequence[Curve], *, dark: bool = False) -> Figure:
+    """Return the sorted neuron norms of one matrix, one line a run.
+
+    Parameters
+    ----------
+    curves : sequence of Curve
+        x: rank from 1, y: row norm over the mean row norm, descending.
+    dark : bool
+        Theme.
+    """
+    base = layout(dark, x="neuron, sorted", y="norm / mean")
+    base["yaxis"] = axis(dark, "norm / mean", rangemode="tozero")
+    base["shapes"] = [level(1.0, dark)]
+    hover = "%{y:.3g} × mean"
+    return {"data": [line_trace(curve, hovertemplate=hover) for curve in curves], "layout": base}

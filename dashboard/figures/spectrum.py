@@ -1,0 +1,45 @@
+"""Panel A: the shape of an update's spectrum, from its strongest direction to its weakest."""
+
+from collections.abc import Sequence
+
+from normuon_lens.metrics.spectrum import NEWTON_SCHULZ_BAND
+
+from .frame import Curve, Figure, band, layout, line_trace, log_axis, remark
+
+TITLE = "Spectrum"
+READING = (
+    "Singular values, largest first, over the largest. Flat means that every direction moves "
+    "equally far; a steep fall means that few directions take the whole step."
+)
+
+HEALTHY = (NEWTON_SCHULZ_BAND[0] / NEWTON_SCHULZ_BAND[1], 1.0)
+"""The Newton-Schulz band [0.68, 1.15] in units of its upper end, where σ₁ then lies."""
+
+
+def spectrum_figure(curves: Sequence[Curve], *, dark: bool = False) -> Figure:
+    """Return the sorted spectra of one matrix, one line a run.
+
+    Parameters
+    ----------
+    curves : sequence of Curve
+        x: index from 1, y: σᵢ/σ₁ descending.
+    dark : bool
+        Theme.
+    """
+    base = layout(dark, x="singular value, sorted", y="σ / σ₁")
+    base["yaxis"] = log_axis(dark, "σ / σ₁")
+    base["shapes"] = [band(*HEALTHY, dark)]
+    base["annotations"] = [
+        remark(
+            "Newton–Schulz band",
+            dark,
+            xref="x domain",
+            x=0.01,
+            xanchor="left",
+            yref="y domain",
+            y=0.02,
+            yanchor="bottom",
+        )
+    ]
+    hover = "%{y:.3g}"
+    return {"data": [line_trace(curve, hovertemplate=hover) for curve in curves], "layout": base}

@@ -1,0 +1,40 @@
+"""Panel E: one matrix over time, every neuron a row."""
+
+from collections.abc import Sequence
+
+from .frame import Figure, Grid, colour_axis, heatmaps, theme
+
+TITLE = "Neurons over time"
+READING = (
+    "Every neuron's norm over the mean at that step. Plain is balanced; a lasting warm stripe is a "
+    "neuron that always moves too far, a lasting blue one starves."
+)
+
+
+def timeline_figure(
+    grids: Sequence[Grid], *, until: int = 0, step: int | None = None, dark: bool = False
+) -> Figure:
+    """Return norm/mean of every neuron of one matrix, neuron × step, side by side.
+
+    Parameters
+    ----------
+    grids : sequence of Grid
+        At least one; rows are neuron numbers, values norms over the mean of their step.
+    until : int
+        Last of the steps to veil.
+    step : int, optional
+        Where the cursor stands.
+    dark : bool
+        Theme.
+    """
+    bar = {"tickvals": [0, 1, 2], "ticktext": ["0 starved", "1 mean", "≥ 2"]}
+    colours = colour_axis(dark, "", theme(dark).balance, cmin=0, cmax=2, colorbar=bar)
+    return heatmaps(
+        grids,
+        dark=dark,
+        y="neuron",
+        hover="neuron %{y}<br>step %{x}<br>%{z:.2f} × mean<extra></extra>",
+        colours=colours,
+        until=until,
+        step=step,
+    )

@@ -1,0 +1,15 @@
+"""How numbers get out of a live optimizer, without the training noticing.
+
+::
+
+    from normuon_lens.hooks import attach
+
+    with attach(model, optimizer, "runs/normuon.h5", every=10) as lens:
+        for batch in data:
+            loss = train_step(batch)
+            lens.log(loss=loss)
+"""
+
+from .recorder import Recorder, attach
+
+__all__ = ["Recorder", "attach"]

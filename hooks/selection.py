@@ -1,0 +1,130 @@
+"""Which parameters are recorded: the weight matrices that the optimizers train, by name."""
+
+from __future__ import annotations
+
+import difflib
+from collections.abc import Iterable, Sequence
+from fnmatch import fnmatchcase
+from typing import NamedTuple
+
+import torch
+
+from normuon_lens.errors import AttachError
+from normuon_lens.runfile import Matrices, Matrix
+
+
+class Watched(NamedTuple):
+    """One recorded parameter: where it stands in the table, and whose it is.
+
+    Attributes
+    ----------
+    parameter : torch.nn.Parameter
+    index : int
+        Its row in the table of matrices.
+    optimizer, group : int
+        Which optimizer updates it, in which of that optimizer's parameter groups.
+    """
+
+    parameter: torch.nn.Parameter
+    index: int
+    optimizer: int
+    group: int
+
+
+def select(
+    model: torch.nn.Module,
+    optimizers: Sequence[torch.optim.Optimizer],
+    include: str | Iterable[str] | None = None,
+    exclude: str | Iterable[str] | None = None,
+) -> tuple[Matrices, list[Watched]]:
+    """Find the weight matrices of `model` that `optimizers` train.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+    optimizers : sequence of torch.optim.Optimizer
+    include, exclude : str or iterable of str, optional
+        Glob patterns on parameter names, with or without a trailing ``.weight``.
+
+    Returns
+    -------
+    Matrices
+        In model order.
+    list of Watched
+        One for each.
+
+    Raises
+    ------
+    AttachError
+        If the optimizers train no matrix of the model, or the patterns leave none.
+    """
+    owners: dict[int, tuple[int, int, int]] = {}
+    group_count = 0
+    for i, optimizer in enumerate(optimizers):
+        for j, group in enumerate(optimizer.param_groups):
+            for parameter in group["params"]:
+                owners[id(parameter)] = i, j, group_count + j
+        group_count += len(optimizer.param_groups)
+    candidates = [
+        (_display_name(name), parameter)
+        for name, parameter in model.named_parameters()
+        if id(parameter) in owners and is_matrix(parameter)
+    ]
+    if not candidates:
+        kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
+        raise AttachError(
+            f"{kinds}: trains {len(owners)} parameters, but no weight matrix of this "
+            f"{type(model).__name__}; pass the model and the optimizer that belong together"
+        )
+    chosen = [(n, p) for n, p in candidates if _wanted(n, _patterns(include), _patterns(exclude))]
+    if not chosen:
+        names = [name for name, _ in candidates]
+        asked = f"include={include!r}" + (f", exclude={exclude!r}" if exclude else "")
+        close = [
+            name
+            for pattern in _patterns(include) or []
+            for name in difflib.get_close_matches(pattern, names, 3, 0.2)
+        ]
+        raise AttachError(
+            f"{asked} matches none of {len(names)} matrices; the closest: "
+            f"{', '.join(dict.fromkeys(close or names[:3]))}"
+        )
+    matrices, watched = [], []
+    for index, (name, parameter) in enumerate(chosen):
+        i, j, number = owners[id(parameter)]
+        m, n = matrix_view(parameter).shape
+        dtype = str(parameter.dtype).removeprefix("torch.")
+        matrices.append(Matrix(name, m, n, dtype, number))
+        watched.append(Watched(parameter, index, i, j))
+    return Matrices(matrices), watched
+
+
+def is_matrix(parameter: torch.Tensor) -> bool:
+    """Whether a parameter counts as a matrix: real, dense, more than one row and column."""
+    if not parameter.is_floating_point() or parameter.is_sparse or parameter.ndim < 2:
+        return False
+    m = parameter.shape[0]
+    return m > 1 and parameter.numel() // m > 1
+
+
+def matrix_view(parameter: torch.Tensor) -> torch.Tensor:
+    """Return a parameter as (m, n): a convolution is (out_channels, rest)."""
+    return parameter.detach().reshape(parameter.shape[0], -1)
+
+
+def _display_name(name: str) -> str:
+    # torch.compile puts its own module in between; it is not part of the model's names.
+    return name.replace("_orig_mod.", "").removesuffix(".weight")
+
+
+def _patterns(given: str | Iterable[str] | None) -> list[str] | None:
+    if given is None:
+        return None
+    return [given] if isinstance(given, str) else list(given)
+
+
+def _wanted(name: str, include: list[str] | None, exclude: list[str] | None) -> bool:
+    def matches(patterns: list[str]) -> bool:
+        return any(fnmatchcase(n, p) for n in (name, f"{name}.weight") for p in patterns)
+
+    return (include is None or matches(include)) and not (exclude and matches(exclude))

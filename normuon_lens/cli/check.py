@@ -1,0 +1,63 @@
+"""``normuon-lens check``: is a recording whole, and can every number in it be read?"""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
+import click
+
+from normuon_lens.cli.tables import print_json
+from normuon_lens.errors import RunError
+
+if TYPE_CHECKING:
+    from normuon_lens.runfile import Run
+
+
+@click.command(epilog="Example: normuon-lens check runs/normuon.h5")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+def check(runs: tuple[str, ...], as_json: bool) -> None:
+    """Read a recording from end to end and say whether it is whole.
+
+    Ends with exit code 2 if anything is damaged. A RUN may also be a folder.
+    """
+    from normuon_lens.runfile import find_runs, open_run
+
+    reports = [_read_everything(open_run(path)) for path in find_runs(runs)]
+    if as_json:
+        print_json(reports)
+    else:
+        for report in reports:
+            click.echo(
+                f"{report['path']}: {report['status']}, {report['steps']} steps, "
+                f"{report['spectra']} spectra, {report['matrices']} full matrices, "
+                f"{report['dropped']} dropped: {'whole' if not report['damaged'] else 'DAMAGED'}"
+            )
+    damaged = [text for report in reports for text in report["damaged"]]
+    if damaged:
+        raise RunError("; ".join(damaged) + "; the undamaged rest stays readable")
+
+
+def _read_everything(run: Run) -> dict[str, object]:
+    """Read every number of a run once; returns counts and what could not be read."""
+    damaged = [f"{damage.path}: {damage.reason}" for damage in run.damaged]
+    spectra = matrices = 0
+    for stage in run.stages:
+        try:
+            run.all_neuron_norms(stage)
+            spectra += run.all_spectra(stage).sigma.shape[0] * len(run.table)
+            for name in run.matrices:
+                for step in run.update_steps(name, stage):
+                    run.update(name, int(step), stage)
+                    matrices += 1
+        except RunError as error:
+            damaged.append(str(error))
+    return {
+        "path": str(run.path),
+        "status": run.status,
+        "steps": len(run.steps),
+        "spectra": spectra,
+        "matrices": matrices,
+        "dropped": run.dropped,
+        "damaged": damaged,
+    }

@@ -1,0 +1,98 @@
+"""``normuon-lens summary``: one run, matrix by matrix."""
+
+from __future__ import annotations
+
+from typing import TYPE_CHECKING, Any
+
+import click
+
+from normuon_lens.cli.tables import add_row, console, figure, new_table, print_json
+
+if TYPE_CHECKING:
+    from normuon_lens.runfile import Run
+
+COLUMNS = ("condition_number", "spread_p95_p5", "neuron_cv", "neuron_max_min", "neuron_starved")
+
+
+@click.command(epilog="Example: normuon-lens summary runs/normuon.h5")
+@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+@click.option("--skip", default=20, show_default=True, help="Leave out the first N steps.")
+@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+def summary(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
+    """Show what a recording holds, and how each matrix fared.
+
+    Figures are medians over the recorded steps. A RUN may also be a folder.
+    """
+    from normuon_lens.runfile import find_runs, open_run
+
+    summaries = [_summarise(open_run(path), skip) for path in find_runs(runs)]
+    if as_json:
+        print_json(summaries)
+        return
+    for content in summaries:
+        _print(content, skip)
+
+
+def _summarise(run: Run, skip: int) -> dict[str, Any]:
+    import numpy as np
+
+    from normuon_lens.analysis.comparison import final_loss, settled_rows
+
+    def median(values: np.ndarray) -> float:
+        finite = values[np.isfinite(values)]
+        return float(np.median(finite)) if finite.size else float("nan")
+
+    measured = {metric: settled_rows(run, metric, skip=skip)[1] for metric in COLUMNS}
+    bounded = settled_rows(run, "condition_is_lower_bound", skip=skip)[1]
+    matrices = [
+        {
+            "matrix": matrix.name,
+            "shape": [matrix.m, matrix.n],
+            **{metric: median(values[:, i]) for metric, values in measured.items()},
+            "condition_is_lower_bound": bool(median(bounded[:, i]) > 0.5),
+        }
+        for i, matrix in enumerate(run.table)
+    ]
+    return {
+        "path": str(run.path),
+        "name": run.name,
+        "optimizer": run.optimizer,
+        "groups": run.metadata.get("groups", []),
+        "status": run.status,
+        "steps": len(run.steps),
+        "last_step": int(run.steps[-1]) if len(run.steps) else 0,
+        "void_steps": int(run.void.sum()),
+        "repeated_steps": run.overlaps,
+        "sampled_steps": len(run.spectrum_steps()),
+        "dropped": run.dropped,
+        "damaged": [f"{damage.path}: {damage.reason}" for damage in run.damaged],
+        "loss": final_loss(run),
+        "matrices": matrices,
+    }
+
+
+def _print(content: dict[str, Any], skip: int) -> None:
+    from normuon_lens.metrics import describe
+
+    to = console()
+    counts = [f"{content['steps']} steps", f"{content['sampled_steps']} sampled", content["status"]]
+    for key in ("void_steps", "repeated_steps", "dropped"):
+        if content[key]:
+            counts.append(f"{content[key]} {key.replace('_', ' ')}")
+    to.print(f"{content['path']}: {content['optimizer']}, {', '.join(counts)}", markup=False)
+    for group in content["groups"]:
+        known = {key: value for key, value in group.items() if value is not None}
+        name = known.pop("optimizer", content["optimizer"])
+        settings = ", ".join(f"{key}={value}" for key, value in known.items() if value is not False)
+        to.print(f"  {name}: {settings}", markup=False)
+    for damage in content["damaged"]:
+        to.print(f"  damaged, left out: {damage}", markup=False)
+    labels = [describe(metric).label for metric in COLUMNS]
+    title = f"Updates (medians; first {skip} steps left out)"
+    table = new_table(title, ["matrix", "shape", *labels])
+    for row in content["matrices"]:
+        cells = [figure(row[metric]) for metric in COLUMNS]
+        if row["condition_is_lower_bound"]:
+            cells[0] = f"≥ {cells[0]}"
+        add_row(table, row["matrix"], " × ".join(map(str, row["shape"])), *cells)
+    to.print(table)

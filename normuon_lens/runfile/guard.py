@@ -1,0 +1,149 @@
+"""A run file may come from a stranger: walk it before reading it.
+
+External links, external storage and virtual datasets make HDF5 read *other* files on behalf of
+whoever opens this one, and a lying shape or chunk can take all memory. None of them occurs in a
+run file, so each is refused before a single value is read.
+"""
+
+from __future__ import annotations
+
+from collections.abc import Iterator
+from pathlib import Path
+
+import h5py
+
+from normuon_lens.errors import RunError
+from normuon_lens.runfile.schema import FORMAT, SCHEMA
+
+MAX_OBJECTS = 200_000
+MAX_ATTRIBUTES = 64
+MAX_ATTRIBUTE_BYTES = 1 << 20
+MAX_CHUNK_BYTES = 256 << 20
+MAX_EXPANSION = 1000
+"""Declared bytes per stored byte; what is smaller than SMALL may be sparser."""
+SMALL = 16 << 20
+KNOWN_FILTERS = {h5py.h5z.FILTER_DEFLATE, h5py.h5z.FILTER_SHUFFLE, h5py.h5z.FILTER_FLETCHER32}
+SCALE_ATTRIBUTES = {"DIMENSION_LIST", "REFERENCE_LIST", "CLASS", "NAME"}
+"""HDF5's own dimension-scale attributes: they hold references, which are never followed."""
+
+
+def open_guarded(path: Path) -> h5py.File:
+    """Open `path` for reading after walking it.
+
+    Returns
+    -------
+    h5py.File
+        The caller closes it.
+
+    Raises
+    ------
+    RunError
+        If the file is missing, no HDF5, truncated, not a run file, of a newer schema, or holds
+        anything that a run file never holds.
+    """
+    try:
+        # Segments are immutable, so a lock protects nothing and fails on some network disks.
+        file = h5py.File(path, "r", locking=False)
+    except FileNotFoundError:
+        raise RunError(f"{path}: no such file") from None
+    except PermissionError:
+        raise RunError(f"{path}: no permission to read it") from None
+    except OSError as error:
+        if not path.is_file():
+            raise RunError(f"{path}: not a file") from None
+        reason = "truncated" if "truncated" in str(error) else "not a readable HDF5 file"
+        raise RunError(f"{path}: {reason}, so it is no run that can be opened") from None
+    try:
+        _check_header(file, path)
+        for name, what in _suspicions(file):
+            raise RunError(f"{path}: refused, {name!r} {what}, which no run file has")
+        for name in ("matrices/name", "steps/step", "steps/scalars", "steps/scalar_names"):
+            if name not in file:
+                raise RunError(f"{path}: damaged, it has no /{name}")
+    except RunError:
+        file.close()
+        raise
+    except (OSError, RuntimeError, KeyError, ValueError, TypeError) as error:
+        file.close()
+        raise RunError(f"{path}: damaged ({_one_line(error)})") from None
+    return file
+
+
+def _check_header(file: h5py.File, path: Path) -> None:
+    if bytes(file.attrs.get("format", b"")) != FORMAT.encode():
+        raise RunError(f"{path}: an HDF5 file, but not one that normuon-lens wrote")
+    if int(file.attrs["schema"]) > SCHEMA:
+        raise RunError(
+            f"{path}: written by a newer normuon-lens (schema {int(file.attrs['schema'])}, "
+            f"this one reads {SCHEMA}): pip install -U normuon-lens"
+        )
+
+
+def _suspicions(file: h5py.File) -> Iterator[tuple[str, str]]:
+    """Yield (name, what is wrong with it) for everything that a run file never holds."""
+    seen: set[object] = set()
+    waiting: list[tuple[str, h5py.Group]] = [("/", file["/"])]
+    yield from _attribute_suspicions("/", file["/"])
+    while waiting:
+        path, group = waiting.pop()
+        for name in group:
+            if not isinstance(group.get(name, getlink=True), h5py.HardLink):
+                yield name, "is not a hard link"
+                return
+            child = group[name]
+            address = h5py.h5o.get_info(child.id).addr
+            if address in seen:
+                continue
+            seen.add(address)
+            if len(seen) > MAX_OBJECTS:
+                yield name, f"is one of more than {MAX_OBJECTS} objects"
+                return
+            yield from _attribute_suspicions(name, child)
+            if isinstance(child, h5py.Group):
+                waiting.append((f"{path}{name}/", child))
+            elif isinstance(child, h5py.Dataset):
+                yield from _dataset_suspicions(name, child)
+            else:
+                yield name, "is neither a group nor a dataset"
+
+
+def _attribute_suspicions(name: str, item: h5py.HLObject) -> Iterator[tuple[str, str]]:
+    if len(item.attrs) > MAX_ATTRIBUTES:
+        yield name, f"has more than {MAX_ATTRIBUTES} attributes"
+        return
+    for key in item.attrs:
+        attribute = item.attrs.get_id(key)
+        if key in SCALE_ATTRIBUTES:
+            continue
+        if attribute.dtype.kind not in "iufS":
+            yield name, f"has an attribute {key!r} of an unknown type"
+        if attribute.get_storage_size() > MAX_ATTRIBUTE_BYTES:
+            yield name, f"has an attribute {key!r} of more than 1 MiB"
+
+
+def _dataset_suspicions(name: str, dataset: h5py.Dataset) -> Iterator[tuple[str, str]]:
+    creation = dataset.id.get_create_plist()
+    if creation.get_external_count():
+        yield name, "is stored in another file"
+    if creation.get_layout() == h5py.h5d.VIRTUAL:
+        yield name, "is a virtual dataset"
+        return
+    if dataset.dtype.kind not in "iufS":
+        yield name, f"is of type {dataset.dtype}"
+        return
+    filters = {creation.get_filter(i)[0] for i in range(creation.get_nfilters())}
+    if filters - KNOWN_FILTERS:
+        yield name, f"needs the unknown filters {sorted(filters - KNOWN_FILTERS)}"
+    if dataset.chunks:
+        chunk = dataset.dtype.itemsize
+        for side in dataset.chunks:
+            chunk *= side
+        if chunk > MAX_CHUNK_BYTES:
+            yield name, f"has chunks of {chunk >> 20} MiB"
+    declared, stored = dataset.nbytes, dataset.id.get_storage_size()
+    if declared > SMALL and declared > MAX_EXPANSION * max(stored, 1):
+        yield name, f"declares {declared} bytes and stores {stored}"
+
+
+def _one_line(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -1,0 +1,573 @@
+"""Opens a recording, finished or still being made, as one :class:`Run`.
+
+A run reads only what it is asked for. It merges its segments by step, takes the later record
+where a resumed training repeated a step, reports a damaged segment and goes on without it, and
+learns of new segments by :meth:`Run.refresh`.
+"""
+
+from __future__ import annotations
+
+import difflib
+import html
+from collections.abc import Iterable
+from pathlib import Path
+from typing import Any, NamedTuple
+
+import h5py
+import numpy as np
+
+from normuon_lens.errors import RunError
+from normuon_lens.runfile.guard import open_guarded
+from normuon_lens.runfile.manifest import FINISHED, INTERRUPTED, NAME, RECORDING, Manifest
+from normuon_lens.runfile.schema import STAGES, Event, Matrices, parts_of
+from normuon_lens.runfile.segment import read_matrices, read_metadata, read_segment
+
+
+class Spectra(NamedTuple):
+    """Singular values of one matrix over the sampled steps.
+
+    Attributes
+    ----------
+    steps : ndarray of shape (Ts,), int64
+    sigma : ndarray of shape (Ts, k), float64
+        Descending; NaN where a sample was dropped or the matrix was not finite.
+    floor : ndarray of shape (Ts,), float64
+        Below which a value is noise, same unit as sigma.
+    weight_norm : ndarray of shape (Ts,), float64
+        Frobenius norm of the weight before the step.
+    """
+
+    steps: np.ndarray
+    sigma: np.ndarray
+    floor: np.ndarray
+    weight_norm: np.ndarray
+
+
+class Damage(NamedTuple):
+    """A segment that could not be read: its path, the steps it held, and why."""
+
+    path: Path
+    steps: tuple[int, int] | None
+    reason: str
+
+
+class _Source:
+    """One immutable file of a run: its small index in memory, its data read on demand.
+
+    The file stays open, so that it can still be read after it was merged into another.
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self._file = open_guarded(path)
+        self.metadata = read_metadata(self._file)
+        self.matrices = read_matrices(self._file)
+        segment = read_segment(self._file)
+        self.status = bytes(self._file.attrs.get("status", FINISHED.encode())).decode()
+        self.dropped = int(self._file.attrs.get("dropped", 0))
+        self.events = segment.events
+        self.scalars = segment.scalars
+        self.paths = set(segment.arrays)
+        # Everything short: indices, floors and norms; never neurons, sigma or matrices.
+        self.index = {
+            name: array[()]
+            for name, array in segment.arrays.items()
+            if array.ndim == 1 or name.endswith(("/floor", "/weight_norm", "/decay"))
+        }
+        self._check_shapes(segment.arrays)
+
+    @property
+    def rows(self) -> int:
+        return len(self.index["steps/step"])
+
+    def _check_shapes(self, arrays: dict[str, Any]) -> None:
+        """A file may lie about its shapes; what does not fit the table is damage."""
+        rows, table = self.rows, self.matrices
+        for name, array in arrays.items():
+            kind, *rest = name.split("/")
+            if kind == "steps":
+                expected = (rows,)
+            elif kind == "neurons":
+                expected = (rows, table.total_rows)
+            elif kind == "spectra":
+                samples = len(self.index[f"spectra/{rest[0]}/step"])
+                width = {"step": (), "sigma": (table.total_sigmas,)}.get(rest[1], (len(table),))
+                expected = (samples, *width)
+            else:
+                number, _, field = rest[1].partition("_")
+                records = len(self.index[f"updates/{rest[0]}/{number}_step"])
+                matrix = table[int(number)]
+                expected = (records,) if field else (records, matrix.m, matrix.n)
+            if array.shape != expected:
+                raise RunError(
+                    f"{self.path}: damaged, {name} has shape {array.shape}, expected {expected}"
+                )
+        if any(len(values) != rows for values in self.scalars.values()):
+            raise RunError(f"{self.path}: damaged, the scalars have not {rows} rows")
+
+    def read(self, path: str, at: tuple[Any, ...]) -> np.ndarray:
+        """Read part of a dataset; RunError when the disk or the file refuses."""
+        try:
+            values: np.ndarray = self._file[path][at]
+        except (OSError, KeyError, RuntimeError) as error:
+            reason = " ".join(str(error).split())
+            raise RunError(f"{self.path}: damaged, {path} cannot be read ({reason})") from None
+        return values
+
+
+def open_run(path: str | Path) -> Run:
+    """Open the recording at `path`.
+
+    Parameters
+    ----------
+    path : str or Path
+        ``runs/x.h5``, whether it is finished, being recorded, or was interrupted. The folder
+        ``runs/x.h5.parts`` is accepted too.
+
+    Returns
+    -------
+    Run
+
+    Raises
+    ------
+    RunError
+        If there is no recording, or nothing in it can be read.
+    """
+    path = Path(path)
+    if path.name.endswith(".parts"):
+        path = path.with_name(path.name.removesuffix(".parts"))
+    return Run(path)
+
+
+def find_runs(paths: Iterable[str | Path]) -> list[Path]:
+    """Return the recordings among `paths`; folders are searched one level deep.
+
+    Parameters
+    ----------
+    paths : iterable of str or Path
+        Run files, their ``.parts``, and folders. Among several paths (a shell's ``*``) those
+        that are plainly something else are left out.
+
+    Returns
+    -------
+    list of Path
+        Each once, in the order given; what lies in a folder sorted by name. They are found by
+        their names and signatures; whether they can be read is for :func:`open_run` to say.
+
+    Raises
+    ------
+    RunError
+        If a path does not exist, or no recording is among them.
+    """
+    given = [Path(path) for path in paths]
+    found: list[Path] = []
+    for path in given:
+        if path.name.endswith(".parts"):
+            path = path.with_name(path.name.removesuffix(".parts"))
+        if not path.exists() and not parts_of(path).exists():
+            raise RunError(f"{path}: no such file or folder")
+        found += _runs_in(path) if path.is_dir() else [path]
+    recordings = [path for path in found if _looks_like_a_run(path)]
+    if not recordings and len(found) == 1:
+        return found  # opening it says what it is instead
+    if not recordings:
+        raise RunError(
+            f"{', '.join(map(str, given[:3]))}: no recordings there; record one with "
+            "attach(...), or make three with: normuon-lens demo"
+        )
+    return list(dict.fromkeys(recordings))
+
+
+def _runs_in(folder: Path) -> list[Path]:
+    files = {path for path in folder.glob("*.h5") if path.is_file()}
+    parts = {path.with_suffix("") for path in folder.glob("*.h5.parts") if path.is_dir()}
+    return sorted(files | parts)
+
+
+def _looks_like_a_run(path: Path) -> bool:
+    return path.suffix == ".h5" or parts_of(path).exists() or h5py.is_hdf5(path)
+
+
+class Run:
+    """One recording: one optimizer in one training.
+
+    Attributes
+    ----------
+    path : Path
+        Where the recording lies, or will lie once it is finished.
+    metadata : dict
+        Optimizer class and hyper-parameters, model, versions, schedule, notes.
+    table : Matrices
+        The recorded matrices with their shapes and columns.
+    steps : ndarray of shape (T,), int64
+        Recorded optimizer steps, ascending, each once.
+    times : ndarray of shape (T,), float64
+        Unix time in seconds when each step ended.
+    void : ndarray of shape (T,), bool
+        Steps that moved nothing.
+    scalars : dict of str to ndarray of shape (T,)
+        What the training logged, float64, NaN where it logged nothing.
+    status : str
+        ``"recording"``, ``"finished"``, ``"interrupted"``, or why it stopped.
+    dropped : int
+        Samples lost because recording could not keep up.
+    overlaps : int
+        Steps recorded more than once (a resumed training); the last record counts.
+    damaged : list of Damage
+        Segments that could not be read.
+    events : list of Event
+    """
+
+    def __init__(self, path: Path) -> None:
+        self.path = path
+        self.damaged: list[Damage] = []
+        self._sources: list[_Source] = []
+        self._stamp: object = None
+        self._manifest: Manifest | None = None
+        self.refresh()
+
+    # -- what it is --------------------------------------------------------------------------
+
+    @property
+    def name(self) -> str:
+        """The run's own name, or its file's."""
+        return str(self.metadata.get("name") or self.path.name.removesuffix(".h5"))
+
+    @property
+    def optimizer(self) -> str:
+        """Class name of the optimizer of the matrices, such as ``"NorMuon"``."""
+        return str(self.metadata.get("optimizer", "unknown"))
+
+    @property
+    def matrices(self) -> list[str]:
+        """Names of the recorded matrices, in model order."""
+        return list(self.table.names)
+
+    @property
+    def stages(self) -> list[str]:
+        """Stages with neuron norms or spectra, in optimizer order."""
+        paths = {path for source in self._sources for path in source.paths}
+        return [s for s in STAGES if f"neurons/{s}" in paths or f"spectra/{s}/sigma" in paths]
+
+    @property
+    def live(self) -> bool:
+        """Whether more steps may come."""
+        return self.status == RECORDING
+
+    def shape(self, matrix: str) -> tuple[int, int]:
+        """Return (m, n) of a matrix; RunError naming the closest if there is none."""
+        found = self.table[self._index_of(matrix)]
+        return found.m, found.n
+
+    # -- numbers -----------------------------------------------------------------------------
+
+    def neuron_norms(self, matrix: str, stage: str = "update") -> np.ndarray:
+        """Row L2 norms of a matrix at every recorded step.
+
+        Returns
+        -------
+        ndarray of shape (T, m), float32
+            NaN in steps whose norms were not taken.
+
+        Raises
+        ------
+        RunError
+            If the run has no such matrix or stage.
+        """
+        columns = self.table.rows(self._index_of(matrix))
+        return self._over_steps(f"neurons/{stage}", columns)
+
+    def all_neuron_norms(self, stage: str = "update", after: int = 0) -> np.ndarray:
+        """Row L2 norms of all matrices side by side, at the recorded steps beyond `after`.
+
+        Returns
+        -------
+        ndarray of shape (T', Σm), float32
+            Rows as ``run.steps[run.steps > after]``, columns as ``run.table.rows(i)`` says.
+        """
+        return self._over_steps(f"neurons/{stage}", slice(None), after)
+
+    def spectrum_steps(self, stage: str = "update") -> np.ndarray:
+        """Return the sampled steps (Ts,) of a stage's spectra, ascending."""
+        return self._sampled(f"spectra/{stage}/step")[0]
+
+    def spectra(self, matrix: str, stage: str = "update") -> Spectra:
+        """Singular values of a matrix at every sampled step.
+
+        Raises
+        ------
+        RunError
+            If the run has no such matrix, or no spectra of this stage.
+        """
+        i = self._index_of(matrix)
+        return self._spectra(stage, self.table.sigmas(i), i, after=0)
+
+    def all_spectra(self, stage: str = "update", after: int = 0) -> Spectra:
+        """Singular values of all matrices side by side, at the sampled steps beyond `after`.
+
+        Returns
+        -------
+        Spectra
+            With sigma of shape (Ts, Σk), columns as ``run.table.sigmas(i)`` says, and floor and
+            weight_norm of shape (Ts, M).
+        """
+        return self._spectra(stage, slice(None), slice(None), after)
+
+    def spectrum(self, matrix: str, step: int, stage: str = "update") -> np.ndarray:
+        """All min(m, n) singular values of a matrix at one sampled step, descending, float64.
+
+        Raises
+        ------
+        RunError
+            If the step was not sampled; the message names the nearest that was.
+        """
+        i = self._index_of(matrix)
+        place = self._place_of(f"spectra/{stage}/step", step, f"spectrum of {matrix}")
+        return self._gather(f"spectra/{stage}/sigma", [place], self.table.sigmas(i))[0]
+
+    def update_steps(self, matrix: str, stage: str = "update") -> np.ndarray:
+        """Return the steps (Tm,) at which the full matrix was kept, ascending."""
+        return self._sampled(f"updates/{stage}/{self._index_of(matrix):03d}_step")[0]
+
+    def update(self, matrix: str, step: int, stage: str = "update") -> np.ndarray:
+        """Return the full matrix (m, n) at one step, float32.
+
+        Raises
+        ------
+        RunError
+            If it was not kept at this step; the message names the nearest that was.
+        """
+        path = f"updates/{stage}/{self._index_of(matrix):03d}"
+        source, row = self._place_of(f"{path}_step", step, f"full matrix of {matrix}")
+        values = source.read(path, (row,)).astype(np.float32)
+        if f"{path}_scale" in source.index:
+            values *= source.index[f"{path}_scale"][row]
+        return values
+
+    # -- life --------------------------------------------------------------------------------
+
+    def refresh(self) -> bool:
+        """Look for new segments; cheap when there are none.
+
+        Returns
+        -------
+        bool
+            Whether anything changed.
+
+        Raises
+        ------
+        RunError
+            If the recording is gone, or nothing in it can be read.
+        """
+        stamp = self._look()
+        if stamp == self._stamp:
+            alive = self._manifest.writer_lives() if self._manifest else False
+            if self.status == RECORDING and not alive:
+                self.status = INTERRUPTED
+                return True
+            return False
+        for attempt in range(3):
+            try:
+                self._load(last=attempt == 2)
+                break
+            except _Vanished:
+                continue  # segments were merged or packed between the list and the reading
+        self._stamp = stamp
+        return True
+
+    def __repr__(self) -> str:
+        span = f"steps {self.steps[0]}…{self.steps[-1]}" if len(self.steps) else "no steps"
+        shapes = f"{len(self.table)} matrices"
+        sampled = len(self.spectrum_steps())
+        text = f"<Run {self.name!r}: {self.optimizer}, {span}, {shapes}, {sampled} spectra each"
+        if self.damaged:
+            text += f", {len(self.damaged)} damaged segments"
+        return f"{text}, {self.status}>"
+
+    def _repr_html_(self) -> str:
+        def cell(text: object) -> str:
+            return f"<td>{html.escape(str(text))}</td>"
+
+        kept = {name: len(self.update_steps(name)) for name in self.matrices}
+        rows = "".join(
+            f"<tr>{cell(x.name)}{cell(f'{x.m} × {x.n}')}{cell(x.dtype)}{cell(kept[x.name])}</tr>"
+            for x in self.table
+        )
+        return (
+            f"<p>{html.escape(repr(self))}</p><table><thead><tr><th>matrix</th><th>shape</th>"
+            f"<th>dtype</th><th>full matrices kept</th></tr></thead><tbody>{rows}</tbody></table>"
+        )
+
+    # -- how ---------------------------------------------------------------------------------
+
+    def _look(self) -> object:
+        """Return what changes when the recording does: the stamps of its file and manifest."""
+        stamps = []
+        for path in (self.path, parts_of(self.path) / NAME):
+            try:
+                stat = path.stat()
+                stamps.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+            except (FileNotFoundError, NotADirectoryError):
+                stamps.append(None)
+            except OSError as error:
+                raise RunError(f"{path}: {error.strerror}") from None
+        if stamps == [None, None]:
+            if parts_of(self.path).is_dir():
+                raise RunError(f"{parts_of(self.path)}: damaged, it has no {NAME}")
+            raise RunError(f"{self.path}: no such recording")
+        return tuple(stamps)
+
+    def _load(self, last: bool) -> None:
+        parts = parts_of(self.path)
+        # Order matters: packing replaces the file first and removes the parts afterwards.
+        self._manifest = Manifest.load(parts) if (parts / NAME).exists() else None
+        files: list[tuple[Path, tuple[int, int] | None]] = []
+        if self.path.exists():
+            files.append((self.path, None))
+        for entry in self._manifest.segments if self._manifest else []:
+            files.append((parts / entry.file, (entry.first, entry.last)))
+        known = {source.path: source for source in self._sources if source.path != self.path}
+        sources, damaged = [], []
+        for path, steps in files:
+            if path in known:
+                sources.append(known[path])
+                continue
+            try:
+                sources.append(_Source(path))
+            except (RunError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
+                if not path.exists() and not last:
+                    raise _Vanished from None
+                reason = str(error).removeprefix(f"{path}: ")
+                damaged.append(Damage(path, steps, " ".join(reason.split())))
+        sources = self._of_one_run(sources, damaged)
+        if not sources and damaged:
+            raise RunError(f"{damaged[0].path}: {damaged[0].reason}")
+        self._sources, self.damaged = sources, damaged
+        self._adopt()
+
+    def _of_one_run(self, sources: list[_Source], damaged: list[Damage]) -> list[_Source]:
+        for source in [s for s in sources if s.matrices != sources[0].matrices]:
+            sources.remove(source)
+            damaged.append(Damage(source.path, None, "its matrices are not this run's"))
+        return sources
+
+    def _adopt(self) -> None:
+        """Derive the merged view: every step once, in order, from the last file that has it."""
+        newest = self._sources[-1] if self._sources else None
+        self.metadata: dict[str, Any] = newest.metadata if newest else {}
+        self.table = newest.matrices if newest else Matrices([])
+        self.events: list[Event] = [event for s in self._sources for event in s.events]
+        self.status, self.dropped = self._state()
+        self._sampled_cache: dict[str, tuple[np.ndarray, list[tuple[_Source, int]]]] = {}
+        self.steps, self._order = _each_once(self._concatenate("steps/step"))
+        self.overlaps = sum(s.rows for s in self._sources) - len(self.steps)
+        self.times = self._concatenate("steps/time", np.float64)[self._order]
+        self.void = self._concatenate("steps/void", np.uint8)[self._order].astype(bool)
+        names = sorted({name for source in self._sources for name in source.scalars})
+        self.scalars = {name: self._scalar(name) for name in names}
+
+    def _state(self) -> tuple[str, int]:
+        if self._manifest is None:
+            return self._sources[-1].status, self._sources[-1].dropped
+        if self._manifest.status == RECORDING and not self._manifest.writer_lives():
+            return INTERRUPTED, self._manifest.dropped
+        return self._manifest.status, self._manifest.dropped
+
+    def _scalar(self, name: str) -> np.ndarray:
+        blocks = [s.scalars.get(name, np.full(s.rows, np.nan)) for s in self._sources]
+        values: np.ndarray = np.concatenate(blocks)[self._order]
+        return values
+
+    def _concatenate(self, path: str, dtype: Any = np.int64) -> np.ndarray:
+        blocks = [source.index[path] for source in self._sources]
+        return np.concatenate(blocks) if blocks else np.empty(0, dtype)
+
+    def _index_of(self, matrix: str) -> int:
+        try:
+            return self.table.index(matrix)
+        except KeyError:
+            close = difflib.get_close_matches(str(matrix), self.matrices, 3, 0.3)
+            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            raise RunError(f"{self.path}: no matrix {matrix!r}{hint}") from None
+
+    def _spectra(self, stage: str, sigmas: slice, matrices: Any, after: int) -> Spectra:
+        steps, places = self._sampled(f"spectra/{stage}/step")
+        if not len(steps) and stage not in self.stages:
+            raise RunError(f"{self.path}: no spectra of stage {stage!r} are recorded")
+        start = int(np.searchsorted(steps, after, side="right"))
+        steps, places = steps[start:], places[start:]
+        if not places:
+            none = np.empty((0, len(self.table)))[:, matrices]
+            return Spectra(steps, np.empty((0, self.table.total_sigmas))[:, sigmas], none, none)
+        return Spectra(
+            steps,
+            self._gather(f"spectra/{stage}/sigma", places, sigmas),
+            self._gather(f"spectra/{stage}/floor", places, matrices),
+            self._gather(f"spectra/{stage}/weight_norm", places, matrices),
+        )
+
+    def _over_steps(self, path: str, columns: slice, after: int = 0) -> np.ndarray:
+        if not any(path in source.paths for source in self._sources):
+            raise RunError(f"{self.path}: no {path} recorded; it has {', '.join(self.stages)}")
+        width = len(range(*columns.indices(self.table.total_rows)))
+        wanted = self._order[np.searchsorted(self.steps, after, side="right") :]
+        values = np.full((len(wanted), width), np.nan, dtype=np.float32)
+        first = 0
+        for source in self._sources:
+            here = (wanted >= first) & (wanted < first + source.rows)
+            if path in source.paths and here.any():
+                rows = wanted[here] - first
+                low = int(rows.min())
+                block = source.read(path, (slice(low, int(rows.max()) + 1), columns))
+                values[here] = block[rows - low]
+            first += source.rows
+        return values
+
+    def _sampled(self, path: str) -> tuple[np.ndarray, list[tuple[_Source, int]]]:
+        """Return the distinct steps of a sampled quantity and the file and row of each."""
+        if path not in self._sampled_cache:
+            places = [
+                (source, row)
+                for source in self._sources
+                if path in source.index
+                for row in range(len(source.index[path]))
+            ]
+            recorded = [int(source.index[path][row]) for source, row in places]
+            steps, order = _each_once(np.array(recorded, dtype=np.int64))
+            self._sampled_cache[path] = steps, [places[i] for i in order]
+        return self._sampled_cache[path]
+
+    def _place_of(self, path: str, step: int, what: str) -> tuple[_Source, int]:
+        steps, places = self._sampled(path)
+        at = int(np.searchsorted(steps, step))
+        if at < len(steps) and steps[at] == step:
+            return places[at]
+        if not len(steps):
+            raise RunError(f"{self.path}: no {what} is recorded at all")
+        nearest = steps[np.argmin(np.abs(steps - step))]
+        raise RunError(f"{self.path}: no {what} at step {step}; the nearest is step {nearest}")
+
+    def _gather(self, path: str, places: list[tuple[_Source, int]], column: Any) -> np.ndarray:
+        """Read rows from several files, each file once."""
+        rows: dict[_Source, list[int]] = {}
+        for source, row in places:
+            rows.setdefault(source, []).append(row)
+        read: dict[tuple[_Source, int], np.ndarray] = {}
+        for source, wanted in rows.items():
+            if path in source.index:
+                block, low = source.index[path][:, column], 0
+            else:
+                low = min(wanted)
+                block = source.read(path, (slice(low, max(wanted) + 1), column))
+            read.update({(source, row): block[row - low] for row in wanted})
+        return np.array([read[place] for place in places])
+
+
+class _Vanished(Exception):
+    """A listed file is gone: the list that named it is out of date."""
+
+
+def _each_once(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+    """Return the distinct steps ascending, and for each the index of its last occurrence."""
+    reversed_steps, first = np.unique(steps[::-1], return_index=True)
+    return reversed_steps, len(steps) - 1 - first

@@ -1,0 +1,265 @@
+"""One HDF5 file of a recording: what it holds, how several become one.
+
+A segment, a merged segment and a packed run have the same layout, so one function writes all
+three: it concatenates the records of the segments that it is given. Sources may be arrays in
+memory or datasets of an open file, which are copied piece by piece.
+"""
+
+from __future__ import annotations
+
+import json
+from collections.abc import Iterable, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import h5py
+import numpy as np
+
+from normuon_lens.runfile.schema import (
+    FORMAT,
+    SCHEMA,
+    STAGES,
+    Event,
+    Matrices,
+    Matrix,
+    fixed_strings,
+    plain_strings,
+)
+
+PIECE_BYTES = 32 << 20
+"""Bytes copied at a time when segments are merged."""
+
+MATRIX_CHUNK_BYTES = 64 << 20
+"""A stored matrix is one chunk a step, unless it is larger than this."""
+
+SAMPLE_FIELDS = ("step", "sigma", "floor", "weight_norm", "decay")
+"""Datasets of one ``/spectra/<stage>``: (Ts,), (Ts, Σk), then (Ts, M) each."""
+
+
+@dataclass
+class Segment:
+    """Records of consecutive steps.
+
+    Attributes
+    ----------
+    scalars : dict of str to ndarray of shape (T,)
+        What the training logged, NaN where it did not.
+    arrays : dict of str to array-like
+        Every other quantity by its path in the file (``neurons/update``,
+        ``spectra/update/sigma``, ``updates/update/003``, …), records along axis 0.
+    events : list of Event
+    """
+
+    scalars: dict[str, np.ndarray] = field(default_factory=dict)
+    arrays: dict[str, Any] = field(default_factory=dict)
+    events: list[Event] = field(default_factory=list)
+
+    @property
+    def rows(self) -> int:
+        """Recorded steps T."""
+        return len(self.arrays["steps/step"]) if "steps/step" in self.arrays else 0
+
+
+def write_segment(
+    file: h5py.File,
+    run: bytes,
+    matrices: Matrices,
+    segments: Sequence[Segment],
+    *,
+    packed: bool = False,
+    compress: bool = False,
+) -> None:
+    """Write the records of `segments`, in their order, into the empty `file`.
+
+    Parameters
+    ----------
+    file : h5py.File
+        Open for writing and empty.
+    run : bytes
+        The run's metadata as JSON.
+    matrices : Matrices
+        The table of matrices, equal for all segments.
+    segments : sequence of Segment
+        At least one.
+    packed : bool
+        Chunk for reading over time, (256, 256), instead of one row a chunk, and annotate for
+        general HDF5 viewers.
+    compress : bool
+        Shuffle and gzip, which every HDF5 reads.
+    """
+    file.attrs["format"] = np.bytes_(FORMAT)
+    file.attrs["schema"] = SCHEMA
+    file.attrs["run"] = np.bytes_(run)
+    _write_matrices(file.create_group("matrices"), matrices)
+    filters = {"compression": "gzip", "shuffle": True} if compress else {}
+    for path in dict.fromkeys(path for segment in segments for path in segment.arrays):
+        _concatenate(file, path, segments, packed, filters)
+    _write_scalars(file.require_group("steps"), segments, filters)
+    events = [event for segment in segments for event in segment.events]
+    if events:
+        group = file.create_group("events")
+        group["step"] = np.array([event.step for event in events], dtype=np.int64)
+        group["kind"] = fixed_strings([event.kind for event in events])
+        group["text"] = fixed_strings([event.text for event in events])
+    if packed:
+        _annotate(file)
+
+
+def read_segment(file: h5py.File) -> Segment:
+    """Return the records of an open segment; arrays are its datasets, read when sliced."""
+    segment = Segment()
+    for name in ("step", "time", "void"):
+        segment.arrays[f"steps/{name}"] = file["steps"][name]
+    names = plain_strings(file["steps/scalar_names"][()])
+    table = file["steps/scalars"][()]
+    segment.scalars = {name: table[:, i] for i, name in enumerate(names)}
+    for stage in STAGES:
+        if f"neurons/{stage}" in file:
+            segment.arrays[f"neurons/{stage}"] = file[f"neurons/{stage}"]
+        for kind in ("spectra", "updates"):
+            if f"{kind}/{stage}" in file:
+                for name, dataset in file[f"{kind}/{stage}"].items():
+                    segment.arrays[f"{kind}/{stage}/{name}"] = dataset
+    if "events" in file:
+        group = file["events"]
+        segment.events = [
+            Event(int(step), kind, text)
+            for step, kind, text in zip(
+                group["step"][()],
+                plain_strings(group["kind"][()]),
+                plain_strings(group["text"][()]),
+                strict=True,
+            )
+        ]
+    return segment
+
+
+def read_matrices(file: h5py.File) -> Matrices:
+    """Return the table of matrices of an open segment."""
+    group = file["matrices"]
+    columns = zip(
+        plain_strings(group["name"][()]),
+        group["m"][()].tolist(),
+        group["n"][()].tolist(),
+        plain_strings(group["dtype"][()]),
+        group["group"][()].tolist(),
+        strict=True,
+    )
+    return Matrices([Matrix(*row) for row in columns])
+
+
+def read_metadata(file: h5py.File) -> dict[str, Any]:
+    """Return the run's metadata of an open segment."""
+    metadata: dict[str, Any] = json.loads(bytes(file.attrs["run"]))
+    return metadata
+
+
+def _write_matrices(group: h5py.Group, matrices: Matrices) -> None:
+    group["name"] = fixed_strings(matrices.names)
+    group["m"] = np.array([matrix.m for matrix in matrices], dtype=np.int64)
+    group["n"] = np.array([matrix.n for matrix in matrices], dtype=np.int64)
+    offsets = [matrices.rows(i).start for i in range(len(matrices))]
+    group["row_offset"] = np.array(offsets, dtype=np.int64)
+    group["dtype"] = fixed_strings([matrix.dtype for matrix in matrices])
+    group["group"] = np.array([matrix.group for matrix in matrices], dtype=np.int64)
+
+
+def _write_scalars(
+    group: h5py.Group, segments: Sequence[Segment], filters: dict[str, Any]
+) -> None:
+    names = sorted({name for segment in segments for name in segment.scalars})
+    rows = sum(segment.rows for segment in segments)
+    table = np.full((rows, len(names)), np.nan)
+    start = 0
+    for segment in segments:
+        for name, values in segment.scalars.items():
+            table[start : start + segment.rows, names.index(name)] = values
+        start += segment.rows
+    group["scalar_names"] = fixed_strings(names)
+    group.create_dataset("scalars", data=table, **(filters if table.size else {}))
+
+
+def _concatenate(
+    file: h5py.File,
+    path: str,
+    segments: Sequence[Segment],
+    packed: bool,
+    filters: dict[str, Any],
+) -> None:
+    blocks = [_block(segment, path, segments) for segment in segments]
+    blocks = [block for block in blocks if block is not None]
+    rows = sum(len(block) for block in blocks)
+    shape = (rows, *blocks[0].shape[1:])
+    chunks = _chunks(path, shape, blocks[0].dtype.itemsize, packed)
+    dataset = file.create_dataset(
+        path, shape, dtype=blocks[0].dtype, chunks=chunks, **(filters if chunks else {})
+    )
+    start = 0
+    for block in blocks:
+        for piece in _pieces(block, 256 if chunks and chunks[0] == 256 else 1):
+            dataset[start : start + len(piece)] = piece
+            start += len(piece)
+
+
+def _block(segment: Segment, path: str, segments: Sequence[Segment]) -> Any:
+    """Return a segment's records at `path`: NaN rows where one had a stage the other had not."""
+    if path in segment.arrays:
+        return segment.arrays[path]
+    if not path.startswith("neurons/"):
+        return None
+    like = next(other.arrays[path] for other in segments if path in other.arrays)
+    return np.full((segment.rows, like.shape[1]), np.nan, dtype=like.dtype)
+
+
+def _chunks(
+    path: str, shape: tuple[int, ...], itemsize: int, packed: bool
+) -> tuple[int, ...] | None:
+    if 0 in shape:
+        return None
+    if path.startswith("updates/") and len(shape) == 3:
+        _, m, n = shape
+        return (1, min(m, max(1, MATRIX_CHUNK_BYTES // (n * itemsize))), n)
+    if len(shape) == 2:
+        return (min(256, shape[0]), min(256, shape[1])) if packed else (1, shape[1])
+    return None
+
+
+def _pieces(block: Any, multiple: int) -> Iterable[np.ndarray]:
+    """Cut a block into pieces of about PIECE_BYTES, whole chunks wherever one fits."""
+    row_bytes = max(1, int(np.prod(block.shape[1:])) * block.dtype.itemsize)
+    rows = max(1, PIECE_BYTES // row_bytes)
+    rows = max(multiple, rows - rows % multiple)
+    for start in range(0, len(block), rows):
+        yield np.asarray(block[start : start + rows])
+
+
+def _annotate(file: h5py.File) -> None:
+    """Add dimension scales and NeXus NXdata attributes: generic viewers then plot the run."""
+    file.attrs["NX_class"] = np.bytes_("NXroot")
+    step = file["steps/step"]
+    step.make_scale("step")
+    step.attrs["long_name"] = np.bytes_("optimizer step")
+    if "neurons" in file:
+        group = file["neurons"]
+        file.attrs["default"] = np.bytes_("neurons")
+        stages = list(group)
+        for stage in stages:
+            group[stage].dims[0].attach_scale(step)
+            group[stage].attrs["units"] = np.bytes_("weight")
+            group[stage].attrs["long_name"] = np.bytes_(f"row L2 norms, {stage}")
+        # NXdata looks for its axes beside the signal; a hard link costs nothing.
+        group["step"] = step
+        _nxdata(group, "update" if "update" in stages else stages[0])
+    for stage in file.get("spectra", ()):
+        group = file["spectra"][stage]
+        group["step"].make_scale("step")
+        group["sigma"].dims[0].attach_scale(group["step"])
+        group["sigma"].attrs["units"] = np.bytes_("weight")
+        group["sigma"].attrs["long_name"] = np.bytes_(f"singular values, {stage}")
+        _nxdata(group, "sigma")
+
+
+def _nxdata(group: h5py.Group, signal: str) -> None:
+    group.attrs["NX_class"] = np.bytes_("NXdata")
+    group.attrs["signal"] = np.bytes_(signal)
+    group.attrs["axes"] = np.array([b"step", b"."])

@@ -1,0 +1,199 @@
+"""Three optimizers, one model, the same batches: trained side by side with hooks attached."""
+
+from __future__ import annotations
+
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import ExitStack, contextmanager
+from pathlib import Path
+
+import torch
+from rich.console import Console
+from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, TimeRemainingColumn
+
+from normuon_lens.analysis import compare
+from normuon_lens.cli.compare import print_comparison
+from normuon_lens.errors import LensError
+from normuon_lens.hooks import Recorder, attach
+from normuon_lens.runfile import open_run
+
+from .data import Batches, Text, standard_library
+from .training import RECIPES, Training
+
+BATCH = 16
+VALIDATION_BATCH = 256
+VALIDATION_EVERY = 50
+SPECTRA_EVERY = 10
+MATRICES_EVERY = 50
+LINES_WITHOUT_TERMINAL = 12
+
+
+def run_demo(folder: Path, steps: int, seed: int, dashboard: bool, browser: bool) -> None:
+    """Train and record into `folder`, show the page meanwhile, print the comparison.
+
+    Parameters
+    ----------
+    folder : Path
+        Created if need be; must hold no recordings of the same names.
+    steps, seed : int
+    dashboard, browser : bool
+        Whether to serve the page, and whether to open a browser on it.
+
+    Raises
+    ------
+    LensError
+        If the folder cannot be written or holds such recordings already.
+    """
+    console = Console(highlight=False)
+    _make(folder)
+    with _dashboard(folder, browser) if dashboard else ExitStack() as page:
+        console.print(
+            f"Training one GPT under {', '.join(recipe.name for recipe in RECIPES)}: {steps} steps "
+            f"of the same batches each, recorded to {folder}/",
+            markup=False,
+        )
+        paths = record(folder, steps, seed, console)
+        print_comparison(compare([open_run(path) for path in paths]), console)
+        if isinstance(page, subprocess.Popen) and page.poll() is None:
+            console.print("The page stays up until you press Ctrl-C.")
+            page.wait()
+        else:
+            console.print(f"Look at it:  normuon-lens dashboard {folder}", markup=False)
+
+
+def record(
+    folder: Path,
+    steps: int,
+    seed: int,
+    console: Console,
+    *,
+    norms_every: int = 1,
+    every: int = SPECTRA_EVERY,
+    matrices_every: int = MATRICES_EVERY,
+    compact: bool = False,
+) -> list[Path]:
+    """Train every recipe side by side and return the paths of the recordings.
+
+    Parameters
+    ----------
+    norms_every, every, matrices_every : int
+        As of :func:`normuon_lens.hooks.attach`.
+    compact : bool
+        Keep matrices as float16 and compress the files.
+    """
+    # Matrices this small are slower on two threads than on one, and the other core has the
+    # helpers and the page to serve.
+    torch.set_num_threads(1)
+    text = standard_library()
+    trainings = [Training(recipe, steps, seed) for recipe in RECIPES]
+    paths = [folder / f"{training.recipe.name.lower()}.h5" for training in trainings]
+    with ExitStack() as stack:
+        recorders = [
+            stack.enter_context(
+                attach(
+                    training.model,
+                    training.optimizers,
+                    path,
+                    include="blocks.*",
+                    name=training.recipe.name,
+                    notes=f"normuon-lens demo, {steps} steps, seed {seed}",
+                    norms_every=norms_every,
+                    every=every,
+                    matrices_every=matrices_every,
+                    on_full="wait",
+                    store="float16" if compact else "float32",
+                    compress=compact,
+                    quiet=True,
+                )
+            )
+            for training, path in zip(trainings, paths, strict=True)
+        ]
+        _train(trainings, recorders, text, steps, seed, console)
+    for training, recorder, path in zip(trainings, recorders, paths, strict=True):
+        rest = training.seconds - recorder.seconds
+        console.print(
+            f"{path}: {path.stat().st_size / 1e6:.1f} MB, {recorder.steps} steps, "
+            f"{training.seconds:.1f} s, of which recording took {recorder.seconds:.1f} s "
+            f"(+{recorder.seconds / rest:.0%})",
+            markup=False,
+        )
+    return paths
+
+
+def _train(
+    trainings: list[Training],
+    recorders: list[Recorder],
+    text: Text,
+    steps: int,
+    seed: int,
+    console: Console,
+) -> None:
+    context = trainings[0].model.shape.context
+    batches = Batches(text.train, BATCH, context, seed)
+    held_out = Batches(text.validation, VALIDATION_BATCH, context, seed).next()
+    with _progress(steps, console) as report:
+        for step in range(1, steps + 1):
+            inputs, targets = batches.next()
+            losses = {}
+            for training, recorder in zip(trainings, recorders, strict=True):
+                loss = training.step(inputs, targets)
+                losses[training.recipe.name] = loss
+                recorder.log(loss=loss, seconds=training.seconds)
+                if step % VALIDATION_EVERY == 0 or step == steps:
+                    recorder.log(val_loss=training.validate(*held_out))
+            report(step, losses)
+
+
+class _Reporter:
+    """Tells how far the training is: a bar on a terminal, a line now and then elsewhere."""
+
+    def __init__(self, steps: int, console: Console, progress: Progress) -> None:
+        self._steps, self._console, self._progress = steps, console, progress
+        self._task = progress.add_task("", total=steps, losses="")
+        self._started = time.monotonic()
+
+    def __call__(self, step: int, losses: dict[str, float]) -> None:
+        shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
+        if self._console.is_terminal:
+            self._progress.update(self._task, completed=step, losses=shown)
+        elif step == self._steps or step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
+            left = (time.monotonic() - self._started) / step * (self._steps - step)
+            line = f"step {step}/{self._steps}  loss {shown}  {left:.0f} s left"
+            self._console.print(line, markup=False)
+
+
+@contextmanager
+def _progress(steps: int, console: Console) -> Iterator[_Reporter]:
+    progress = Progress(
+        BarColumn(),
+        MofNCompleteColumn(),
+        TextColumn("loss {task.fields[losses]}"),
+        TimeRemainingColumn(),
+        console=console,
+        disable=not console.is_terminal,
+    )
+    with progress:
+        yield _Reporter(steps, console, progress)
+
+
+@contextmanager
+def _dashboard(folder: Path, browser: bool) -> Iterator[subprocess.Popen[bytes]]:
+    """Serve the page in a process of its own: the training and the page do not share a lock."""
+    command = [sys.executable, "-P", "-m", "normuon_lens.cli.main", "dashboard", str(folder)]
+    command += ["--wait", *([] if browser else ["--no-browser"])]
+    process = subprocess.Popen(command)
+    try:
+        yield process
+    finally:
+        if process.poll() is None:
+            process.terminate()
+        process.wait()
+
+
+def _make(folder: Path) -> None:
+    try:
+        folder.mkdir(parents=True, exist_ok=True)
+    except OSError as error:
+        raise LensError(f"{folder}: cannot record there ({error.strerror})") from None
