@@ -23,6 +23,8 @@ from normuon_lens.runfile import wire
 
 ALIGN = 64
 START_SECONDS = 60.0
+# -P: a user's own numpy.py or hooks.py in the working directory is none of the helper's business.
+HELPER = (sys.executable, "-P", "-m", "normuon_lens.runfile.helper")
 
 
 class FeedLost(Exception):
@@ -48,7 +50,7 @@ class Feed:
         self._capacity = capacity
         self._written = self._freed = 0
         self._pending = b""
-        self._stderr = tempfile.TemporaryFile()
+        self._stderr = tempfile.TemporaryFile()  # noqa: SIM115, it lives as long as the helper
         # One BLAS thread, set before the helper's numpy loads: more would fight the training.
         threads = {f"{name}_NUM_THREADS": "1" for name in ("OMP", "OPENBLAS", "MKL")}
         try:
@@ -56,8 +58,7 @@ class Feed:
             try:
                 # A session of its own, so that a Ctrl-C meant for the training does not reach it.
                 self._process = subprocess.Popen(
-                    [sys.executable, "-P", "-m", "normuon_lens.runfile.helper"]
-                    + [str(descriptor), str(capacity)],
+                    [*HELPER, str(descriptor), str(capacity)],
                     stdin=subprocess.PIPE,
                     stdout=subprocess.PIPE,
                     stderr=self._stderr,
@@ -69,6 +70,7 @@ class Feed:
             finally:
                 os.close(descriptor)
         except OSError as error:
+            self._stderr.close()
             raise FeedLost(f"cannot start the helper process ({error})") from None
         assert self._process.stdin is not None
         assert self._process.stdout is not None

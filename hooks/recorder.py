@@ -104,7 +104,9 @@ def attach(
     """
     optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
     if not optimizers or not all(isinstance(o, torch.optim.Optimizer) for o in optimizers):
-        raise AttachError(f"attach needs a torch.optim.Optimizer or a list of them, got {optimizer!r}")
+        raise AttachError(
+            f"attach needs a torch.optim.Optimizer or a list of them, got {optimizer!r}"
+        )
     for choice, given, known in (
         ("on_error", on_error, ("warn", "raise")),
         ("on_full", on_full, ("drop", "wait")),
@@ -369,8 +371,12 @@ class Recorder:
         }
         try:
             feed = Feed(max(largest, min(most, max(least, 4 * sample))))
+        except FeedLost as error:
+            raise AttachError(str(error)) from None
+        try:
             return feed, feed.ask("open", header, "opened", START_SECONDS)
         except FeedLost as error:
+            feed.close()
             raise AttachError(str(error)) from None
 
     def _close(self, status: str) -> None:

@@ -16,14 +16,17 @@ from normuon_lens.errors import LensError
     type=click.Path(path_type=Path, file_okay=False),
     help="Folder for the three recordings.  [default: runs/demo, or the next free runs/demo-2, …]",
 )
-@click.option("--steps", type=click.IntRange(min=1), default=600, show_default=True,
-              help="Steps of each training.")
+@click.option(
+    "--steps",
+    type=click.IntRange(min=1),
+    default=600,
+    show_default=True,
+    help="Steps of each training.",
+)
 @click.option("--seed", default=0, show_default=True, help="Of initial weights and batches.")
 @click.option("--no-dashboard", is_flag=True, help="Train and print the table, open no page.")
 @click.option("--no-browser", is_flag=True, help="Serve the page, but open no browser.")
-def demo(
-    output: Path | None, steps: int, seed: int, no_dashboard: bool, no_browser: bool
-) -> None:
+def demo(output: Path | None, steps: int, seed: int, no_dashboard: bool, no_browser: bool) -> None:
     """Train one small GPT under AdamW, Muon and NorMuon, side by side, and watch the updates.
 
     The text is the Python standard library's own source, so nothing is downloaded. The page opens
@@ -32,12 +35,12 @@ def demo(
     try:
         import torch  # noqa: F401
     except ModuleNotFoundError:
-        raise LensError(
-            'the demo trains with PyTorch: pip install "normuon-lens[torch]"'
-        ) from None
+        raise LensError('the demo trains with PyTorch: pip install "normuon-lens[torch]"') from None
     from .demo import run_demo
 
-    run_demo(output or _free_folder(Path("runs/demo")), steps, seed, not no_dashboard, not no_browser)
+    run_demo(
+        output or _free_folder(Path("runs/demo")), steps, seed, not no_dashboard, not no_browser
+    )
 
 
 def _free_folder(wanted: Path) -> Path:

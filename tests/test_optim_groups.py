@@ -93,6 +93,8 @@ def test_a_network_for_images():
             self.gate = nn.Conv2d(8, 1, 1)
             self.grow = nn.ConvTranspose2d(8, 4, 2)
             self.norm = nn.LayerNorm([8, 5])
+            self.temperature = nn.Parameter(torch.tensor(1.0))
+            self.lift = nn.Linear(1, 8)
             self.position = nn.Parameter(torch.zeros(1, 5, 8))
             self.relative_bias_table = nn.Parameter(torch.zeros(9, 4))
             self.classifier = nn.Sequential(nn.Linear(8, 16), nn.ReLU(), nn.Linear(16, 10))

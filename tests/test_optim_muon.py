@@ -20,7 +20,7 @@ def newton_schulz(M):
 
 def muon(W, M, G, lr, wd, mu, nesterov, scale):
     M = mu * M + (1 - mu) * G
-    O = newton_schulz(mu * M + (1 - mu) * G if nesterov else M)  # noqa: E741
+    O = newton_schulz(mu * M + (1 - mu) * G if nesterov else M)
     m, n = W.shape
     eta = 0.2 * lr * np.sqrt(m * n) / np.linalg.norm(O)
     if scale == "preserve_norm":

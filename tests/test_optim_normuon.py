@@ -22,7 +22,7 @@ def newton_schulz(M):
 
 def normuon(W, M, v, G, lr, wd, beta1, beta2, eps, nesterov, scale):
     M = beta1 * M + (1 - beta1) * G
-    O = newton_schulz(beta1 * M + (1 - beta1) * G if nesterov else M)  # noqa: E741
+    O = newton_schulz(beta1 * M + (1 - beta1) * G if nesterov else M)
     v = beta2 * v + (1 - beta2) * np.mean(O * O, axis=1)
     N = O / (np.sqrt(v)[:, None] + eps)
     m, n = W.shape

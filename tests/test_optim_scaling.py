@@ -7,7 +7,7 @@ import torch
 
 from normuon_lens.optim.scaling import step_size
 
-O = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]], dtype=torch.float64)  # norm 5  # noqa: E741
+O = torch.tensor([[3.0, 0.0], [0.0, 4.0], [0.0, 0.0]], dtype=torch.float64)  # norm 5
 N = O / 2
 
 

@@ -113,7 +113,7 @@ def test_loaded_state_is_a_copy(rule):
         assert_equal(state.values(), before["state"][i].values())
 
 
-def test_a_users_load_hook_is_heard():
+def test_a_users_load_hooks_are_heard():
     first, second = NorMuon(parameters(), 0.02), NorMuon(parameters(torch.bfloat16), 0.02)
     run(first, 3)
 
@@ -121,9 +121,16 @@ def test_a_users_load_hook_is_heard():
         state = {i: {k: s * 0 for k, s in one.items()} for i, one in state_dict["state"].items()}
         return state_dict | {"state": state}
 
+    def mark(optimizer):
+        for state in optimizer.state.values():
+            state["second_moment"].fill_(7)
+
     second.register_load_state_dict_pre_hook(forget)
+    second.register_load_state_dict_post_hook(mark)
     second.load_state_dict(first.state_dict())
-    assert not any(s.any() for state in second.state.values() for s in state.values())
+    for state in second.state.values():
+        assert not state["momentum_buffer"].any()
+        assert (state["second_moment"] == 7).all()
 
 
 @both
@@ -257,6 +264,15 @@ def test_closures_schedulers_and_groups(rule):
         rms = (layer.weight - before).square().mean().sqrt().item()
         assert rms == pytest.approx(0.2 * lr, rel=1e-4)  # float32 weights around 0.3
         scheduler.step()
+
+
+@both
+def test_step_hooks_fire_once_a_step(rule):
+    optimizer, calls = rule(parameters(), 0.02), []
+    optimizer.register_step_pre_hook(lambda *_: calls.append("before"))
+    optimizer.register_step_post_hook(lambda *_: calls.append("after"))
+    run(optimizer, 2)
+    assert calls == ["before", "after"] * 2
 
 
 @both

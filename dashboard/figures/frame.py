@@ -275,14 +275,6 @@ def cursors(figure: Figure) -> int:
     return sum(shape.get("name") == CURSOR for shape in shapes)
 
 
-def with_cursor(figure: Figure, step: int | None, *, dark: bool = False) -> Figure:
-    """Return a figure over steps with its cursor moved to `step`; its other shapes are kept."""
-    shapes = figure["layout"].get("shapes", [])
-    lines = cursors(figure)
-    moved = cursor(step, dark, lines) + shapes[lines:]
-    return {**figure, "layout": {**figure["layout"], "shapes": moved}}
-
-
 def _across(panel: int, kind: str, left: float, right: float, **more: Any) -> Figure:
     number = "" if panel == 0 else str(panel + 1)
     return {

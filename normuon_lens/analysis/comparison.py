@@ -120,9 +120,7 @@ def compare(
     columns = {name: np.array([run.table.index(name) for run in runs]) for name in _common(runs)}
     rows = []
     measured = {
-        (i, metric): _settled(run, metric, skip)
-        for i, run in enumerate(runs)
-        for metric in metrics
+        (i, metric): _settled(run, metric, skip) for i, run in enumerate(runs) for metric in metrics
     }
     for group, names in groups.items():
         for metric in metrics:

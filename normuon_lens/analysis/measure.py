@@ -109,7 +109,9 @@ def table(
                 long = long.melt("step", var_name="matrix", value_name="value")
                 frames.append(long.assign(run=run.name, stage=stage, metric=metric))
     columns = ["run", "step", "matrix", "stage", "metric", "value"]
-    return pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+    return (
+        pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
+    )
 
 
 def _over_norms(run: Run, metric: Metric, stage: str, after: int) -> Series:

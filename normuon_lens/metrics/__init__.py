@@ -4,15 +4,15 @@ NumPy and SciPy only. Functions of norms (..., m) and of singular values (..., k
 axes, so a whole history goes through at once. The undefined is NaN, never a warning.
 """
 
-from .catalogue import CATALOGUE, INPUTS, Metric, describe
-from .motion import (
+from normuon_lens.metrics.catalogue import CATALOGUE, INPUTS, Metric, describe
+from normuon_lens.metrics.motion import (
     alignment,
     cosine,
     leverage_scores,
     update_to_weight,
     update_to_weight_spectral,
 )
-from .neurons import (
+from normuon_lens.metrics.neurons import (
     frobenius_norm,
     neuron_cv,
     neuron_dead,
@@ -29,7 +29,7 @@ from .neurons import (
     starved_streak,
     update_rms,
 )
-from .spectrum import (
+from normuon_lens.metrics.spectrum import (
     ConditionNumber,
     condition_number,
     entropy_rank,

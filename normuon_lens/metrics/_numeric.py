@@ -45,7 +45,7 @@ def scaled(matrix: ArrayLike) -> tuple[Floats, float, float]:
         is cheaper than ``isfinite`` over all entries and cannot overflow as a sum of squares can.
     """
     values = np.array(matrix, dtype=np.float64)
-    peak = float(np.maximum(values.max(), -values.min()))
+    peak = float(max(values.max(), -values.min()))
     scale = float(power_of_two(peak))
     values /= scale
     return values, scale, peak

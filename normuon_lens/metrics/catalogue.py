@@ -13,9 +13,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from normuon_lens.errors import LensError
-
-from . import motion, neurons, spectrum
-from ._numeric import Floats
+from normuon_lens.metrics import motion, neurons, spectrum
+from normuon_lens.metrics._numeric import Floats
 
 INPUTS: dict[str, str] = {
     "norms": "(..., m) row norms of the update",

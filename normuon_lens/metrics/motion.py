@@ -7,9 +7,8 @@ import numpy as np
 from numpy.typing import ArrayLike
 
 from normuon_lens.errors import LensError
-
-from ._numeric import Floats, scaled
-from .spectrum import singular_values
+from normuon_lens.metrics._numeric import Floats, scaled
+from normuon_lens.metrics.spectrum import singular_values
 
 
 @np.errstate(all="ignore")
@@ -139,7 +138,7 @@ def leverage_scores(momentum: ArrayLike) -> Floats:
     values, _, peak = scaled(given)
     if not np.isfinite(peak) or peak == 0:
         return np.full(m, np.nan)
-    # The tall orientation: LAPACK takes ten times as long over a wide matrix.
+    # The tall orientation: LAPACK takes several times as long over a wide matrix.
     if m >= n:
         left, sigma, _ = np.linalg.svd(values, full_matrices=False)
     else:

@@ -9,8 +9,7 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from normuon_lens.errors import LensError
-
-from ._numeric import Floats, power_of_two
+from normuon_lens.metrics._numeric import Floats, power_of_two
 
 STARVED = 0.1
 """A row below this share of the layer's mean norm counts as starved (DESIGN 6)."""

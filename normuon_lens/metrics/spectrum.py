@@ -11,11 +11,13 @@ import numpy as np
 from numpy.typing import ArrayLike, NDArray
 
 from normuon_lens.errors import LensError
-
-from ._numeric import Floats, scaled
+from normuon_lens.metrics._numeric import Floats, scaled
 
 GRAM_LIMIT = 2800
-"""Smaller side up to which the Gram route is used. Measured crossover, DESIGN 6."""
+"""Smaller side up to which the Gram route is used (DESIGN 6): an exact spectrum beyond.
+
+Not a crossover in speed: with one thread of numpy's OpenBLAS 3072² takes 4.5 s against 10.9 s.
+"""
 
 GRAM_FLOOR = 1e-7
 """Floor of the Gram route over σ₁. Squaring leaves √eps = 1.5e-8, and some room for its growth."""

@@ -11,9 +11,9 @@ Examples
 >>> optimizers = [NorMuon(matrices, lr=0.01), torch.optim.AdamW(others, lr=0.003)]
 """
 
-from .groups import split_parameters
-from .muon import Muon
-from .normuon import NorMuon
-from .orthogonalize import orthogonalize
+from normuon_lens.optim.groups import split_parameters
+from normuon_lens.optim.muon import Muon
+from normuon_lens.optim.normuon import NorMuon
+from normuon_lens.optim.orthogonalize import orthogonalize
 
 __all__ = ["Muon", "NorMuon", "orthogonalize", "split_parameters"]

@@ -11,8 +11,8 @@ from torch import Tensor
 from torch.optim.optimizer import StateDict
 
 from normuon_lens.errors import LensError
-
-from .scaling import SCALES
+from normuon_lens.optim.groups import is_matrix
+from normuon_lens.optim.scaling import SCALES
 
 Group: TypeAlias = dict[str, Any]
 State: TypeAlias = dict[str, Tensor]
@@ -98,7 +98,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             fault = "is sparse"
         elif not parameter.is_floating_point():
             fault = f"is {parameter.dtype}"
-        elif parameter.ndim < 2 or parameter.shape[0] < 2 or parameter[0].numel() < 2:
+        elif not is_matrix(parameter):
             fault = "is not a matrix with at least two rows and two columns"
         else:
             return

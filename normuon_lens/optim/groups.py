@@ -89,7 +89,7 @@ def split_parameters(
     other_ids = {
         id(parameter)
         for parameter in (
-            *(p for name, p in names.items() if not _is_matrix(name, p)),
+            *(p for name, p in names.items() if _is_bias(name) or not is_matrix(p)),
             *(names[name] for name in _matching(names, exclude)),
             *_of_other_modules(model),
             *_heads(model, names),
@@ -109,9 +109,24 @@ def split_parameters(
     return matrices, others
 
 
-def _is_matrix(name: str, parameter: torch.Tensor) -> bool:
-    is_bias = "bias" in name.rpartition(".")[2]
-    return not is_bias and parameter.ndim >= 2 and len(parameter) > 1 and parameter[0].numel() > 1
+def is_matrix(parameter: torch.Tensor) -> bool:
+    """Tell whether a parameter counts as a matrix.
+
+    Parameters
+    ----------
+    parameter : Tensor
+        Seen as (rows, rest).
+
+    Returns
+    -------
+    bool
+        False for scalars, vectors, single rows and single columns.
+    """
+    return parameter.ndim >= 2 and len(parameter) > 1 and parameter[0].numel() > 1
+
+
+def _is_bias(name: str) -> bool:
+    return "bias" in name.rpartition(".")[2]
 
 
 def _matching(names: dict[str, nn.Parameter], patterns: str | Iterable[str]) -> Iterator[str]:

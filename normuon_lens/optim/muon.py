@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._shell import Group, MatrixOptimizer, MatrixUpdate, State, refuse_unless
-from .orthogonalize import orthogonalize
-from .scaling import step_size
+from normuon_lens.optim._shell import Group, MatrixOptimizer, MatrixUpdate, State, refuse_unless
+from normuon_lens.optim.orthogonalize import orthogonalize
+from normuon_lens.optim.scaling import step_size
 
 
 def orthogonalized_momentum(
@@ -37,7 +37,7 @@ def orthogonalized_momentum(
     """
     momentum.lerp_(gradient, 1 - beta)  # M ← β M + (1−β) G
     mean = gradient.lerp(momentum, beta) if nesterov else momentum  # β M + (1−β) G, once more
-    O = orthogonalize(mean, ns_steps, dtype=ns_dtype)  # O ← NS5(M)  # noqa: E741
+    O = orthogonalize(mean, ns_steps, dtype=ns_dtype)  # O ← NS5(M)
     return {"momentum": mean, "orthogonalized": O}
 
 
@@ -71,7 +71,7 @@ def muon_update(
     stages = orthogonalized_momentum(
         gradient, momentum, beta=beta, nesterov=nesterov, ns_steps=ns_steps, ns_dtype=ns_dtype
     )
-    O = stages["orthogonalized"]  # noqa: E741
+    O = stages["orthogonalized"]
     return MatrixUpdate(step_size(O, O, lr, scale) * O, stages)
 
 

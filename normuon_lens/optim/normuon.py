@@ -4,9 +4,9 @@ import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from ._shell import Group, MatrixOptimizer, MatrixUpdate, State, refuse_unless
-from .muon import orthogonalized_momentum
-from .scaling import step_size
+from normuon_lens.optim._shell import Group, MatrixOptimizer, MatrixUpdate, State, refuse_unless
+from normuon_lens.optim.muon import orthogonalized_momentum
+from normuon_lens.optim.scaling import step_size
 
 
 def normuon_update(
@@ -46,7 +46,7 @@ def normuon_update(
     stages = orthogonalized_momentum(
         gradient, momentum, beta=beta1, nesterov=nesterov, ns_steps=ns_steps, ns_dtype=ns_dtype
     )
-    O = stages["orthogonalized"]  # noqa: E741
+    O = stages["orthogonalized"]
     v = second_moment
     v.lerp_(O.square().mean(dim=1, keepdim=True), 1 - beta2)  # v ← β2 v + (1−β2) mean(O∘O)
     normalized = O / (v.sqrt() + eps)  # Ô

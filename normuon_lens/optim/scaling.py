@@ -5,7 +5,7 @@ import math
 import torch
 from torch import Tensor
 
-from .orthogonalize import frobenius_norm
+from normuon_lens.optim.orthogonalize import frobenius_norm
 
 SCALES = ("match_rms", "preserve_norm")
 

@@ -8,7 +8,7 @@ NumPy and h5py only: a run must be readable on a laptop without torch.
 """
 
 from normuon_lens.runfile.reader import Run, Spectra, find_runs, open_run
-from normuon_lens.runfile.schema import STAGES, Event, Matrix, Matrices
+from normuon_lens.runfile.schema import STAGES, Event, Matrices, Matrix
 from normuon_lens.runfile.synthetic import made_up_run
 from normuon_lens.runfile.writer import Writer
 

@@ -164,9 +164,7 @@ def _write_matrices(group: h5py.Group, matrices: Matrices) -> None:
     group["group"] = np.array([matrix.group for matrix in matrices], dtype=np.int64)
 
 
-def _write_scalars(
-    group: h5py.Group, segments: Sequence[Segment], filters: dict[str, Any]
-) -> None:
+def _write_scalars(group: h5py.Group, segments: Sequence[Segment], filters: dict[str, Any]) -> None:
     names = sorted({name for segment in segments for name in segment.scalars})
     rows = sum(segment.rows for segment in segments)
     table = np.full((rows, len(names)), np.nan)

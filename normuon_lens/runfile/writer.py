@@ -28,6 +28,7 @@ from normuon_lens.runfile.manifest import (
     process_lives,
     write_durably,
 )
+from normuon_lens.runfile.manifest import NAME as MANIFEST
 from normuon_lens.runfile.schema import LIBVER, Event, Matrices, parts_of, to_json
 from normuon_lens.runfile.segment import Segment, read_matrices, read_segment, write_segment
 
@@ -107,9 +108,17 @@ class Writer:
         self._count = 0
         self.last_step = 0
         self._clear()
-        self._manifest = self._claim()
-        if resume and (self._manifest.segments or path.exists()):
-            self.event(0, "resumed", "recording resumed")
+        try:
+            self._manifest = self._claim()
+            if resume and (self._manifest.segments or path.exists()):
+                self.event(self.last_step, "resumed", "recording resumed")
+            # A first segment without steps: readers know the run and its matrices from the start.
+            self._commit()
+        except OSError as error:
+            raise RunError(
+                f"{path}: cannot record there ({error.strerror or error}); "
+                "choose a folder that can be written"
+            ) from None
 
     # -- records -----------------------------------------------------------------------------
 
@@ -208,13 +217,7 @@ class Writer:
     def commit(self) -> None:
         """Make all records so far durable and visible; OSError when the disk refuses."""
         if self._bytes or self._events:
-            segment = self._take()
-            steps = [step for step, _, _ in self._steps]
-            entry = self._add(self._image([segment]), segment.rows, steps, level=0)
-            self._manifest.segments.append(entry)
-        self._manifest.save(self._parts)
-        self._clear()
-        self._merge()
+            self._commit()
 
     def close(self, status: str = FINISHED, *, pack: bool = True) -> Closed:
         """Commit, then pack the parts into the file at :attr:`path`.
@@ -231,7 +234,7 @@ class Writer:
         Closed
         """
         self._manifest.status = status
-        self.commit()
+        self._commit()
         remark = self._pack(status) if pack else ""
         self._unlock()
         steps = sum(entry.rows for entry in self._manifest.segments)
@@ -253,6 +256,15 @@ class Writer:
 
     # -- how ---------------------------------------------------------------------------------
 
+    def _commit(self) -> None:
+        segment = self._take()
+        steps = [step for step, _, _ in self._steps]
+        entry = self._add(self._image([segment]), segment.rows, steps, level=0)
+        self._manifest.segments.append(entry)
+        self._manifest.save(self._parts)
+        self._clear()
+        self._merge()
+
     def _unlock(self) -> None:
         with suppress(OSError):
             (self._parts / "lock").unlink(missing_ok=True)
@@ -260,30 +272,23 @@ class Writer:
     def _claim(self) -> Manifest:
         """Create or take over the folder of parts; never an existing recording by accident."""
         parts, path = self._parts, self.path
-        try:
-            path.parent.mkdir(parents=True, exist_ok=True)
-            if path.exists() and not self._resumed:
-                raise RunError(
-                    f"{path}: exists already; choose another path, delete it, "
-                    "or append with resume=True"
-                )
-            if parts.exists():
-                self._take_over()
-                manifest = Manifest.load(parts) if (parts / "manifest.json").exists() else None
-            else:
-                parts.mkdir()
-                manifest = None
-            self._continue(manifest)
-            self._lock()
-            kept = manifest.segments if manifest else []
-            fresh = Manifest(segments=kept, dropped=manifest.dropped if manifest else 0)
-            fresh.save(parts)
-            return fresh
-        except OSError as error:
+        path.parent.mkdir(parents=True, exist_ok=True)
+        if path.exists() and not self._resumed:
             raise RunError(
-                f"{path}: cannot record there ({error.strerror or error}); "
-                "choose a folder that can be written"
-            ) from None
+                f"{path}: exists already; choose another path, delete it, "
+                "or append with resume=True"
+            )
+        manifest = None
+        if parts.exists():
+            self._take_over()
+            manifest = Manifest.load(parts) if (parts / MANIFEST).exists() else None
+        else:
+            parts.mkdir()
+        self._continue(manifest)
+        self._lock()
+        if manifest is None:
+            return Manifest()
+        return Manifest(segments=manifest.segments, dropped=manifest.dropped)
 
     def _take_over(self) -> None:
         lock = self._parts / "lock"

@@ -1,0 +1,334 @@
+"""The runs on show, followed while they grow: every number is computed once and kept.
+
+A metric over a run's history is measured when first asked for and then only for steps not seen
+yet. One lock guards it all: the server answers several requests at once, a run knows one reader.
+"""
+
+from __future__ import annotations
+
+import itertools
+import re
+import threading
+import time
+from collections import OrderedDict
+from collections.abc import Sequence
+from pathlib import Path
+from typing import NamedTuple
+
+import numpy as np
+
+from normuon_lens.analysis.measure import Series, measure
+from normuon_lens.errors import LensError, RunError
+from normuon_lens.runfile import Run, find_runs, open_run
+
+from .figures.palette import KNOWN, Style, style_of, variant
+
+KEPT_MATRICES = 2
+"""Histories of single matrices kept for each run: they are large, and one is looked at."""
+
+_changes = itertools.count(time.time_ns() // 1000)
+"""Numbers every change anew, also after a restart: a page may outlive its server."""
+
+
+class Spectrum(NamedTuple):
+    """Singular values (k,) of one matrix at one sampled step; NaN where they are only noise."""
+
+    step: int
+    sigma: np.ndarray
+
+
+class Norms(NamedTuple):
+    """Row norms (m,) of one matrix at one recorded step."""
+
+    step: int
+    norms: np.ndarray
+
+
+class Entry:
+    """One run on the page, or the reason why it cannot be read.
+
+    Attributes
+    ----------
+    id : str
+        Names the run in links and controls; says nothing about where it lies.
+    path : Path
+    run : Run or None
+        None while it cannot be read.
+    error : str
+        Why it cannot be read; empty if it can.
+    style : Style
+        Its colour and dash.
+    version : int
+        Another with every change: what was drawn of one version needs no drawing again.
+    """
+
+    def __init__(self, id: str, path: Path) -> None:
+        self.id = id
+        self.path = path
+        self.run: Run | None = None
+        self.error = ""
+        self.style: Style = style_of("")
+        self.version = next(_changes)
+        self._last: tuple[float, int, float, int] | None = None
+        self._series: dict[tuple[str, str], Series] = {}
+        self._norms: OrderedDict[tuple[str, str], Series] = OrderedDict()
+        self._spectra: OrderedDict[tuple[str, str], Series] = OrderedDict()
+
+    @property
+    def name(self) -> str:
+        """The run's own name, or its file's while it cannot be read."""
+        return self.run.name if self.run else self.path.name
+
+    @property
+    def optimizer(self) -> str:
+        """Class name of the optimizer; empty while nothing is known of it."""
+        return self.run.optimizer if self.run and self.run.metadata else ""
+
+    @property
+    def live(self) -> bool:
+        """Whether more steps may come."""
+        return self.run is not None and self.run.live
+
+    def refresh(self) -> bool:
+        """Look for new steps; tell whether anything changed."""
+        before = self.error
+        try:
+            if self.run is None:
+                self.run, changed = open_run(self.path), True
+            else:
+                changed = self.run.refresh()
+            self.error = ""
+        except RunError as error:
+            changed = self.run is not None
+            self.run, self.error = None, str(error)
+        if changed and not self._continues():
+            self._series.clear()
+            self._norms.clear()
+            self._spectra.clear()
+        changed = changed or self.error != before
+        if changed:
+            self.version = next(_changes)
+        return changed
+
+    def series(self, metric: str, stage: str) -> Series:
+        """Return a metric over all steps, NaN in void ones; empty where it is not recorded."""
+        key = metric, stage
+        run, seen = self.run, self._series.get(key)
+        if run is None:
+            return _nothing(0)
+        try:
+            new = measure(run, metric, stage=stage, after=_end(seen))
+        except LensError:
+            return seen or _nothing(len(run.table))
+        new.values[np.isin(new.steps, run.steps[run.void])] = np.nan
+        self._series[key] = _joined(seen, new)
+        return self._series[key]
+
+    def norms(self, matrix: str, stage: str) -> Series:
+        """Return the row norms (T, m) of a matrix over all steps that moved something."""
+        run = self.run
+        if run is None or matrix not in run.matrices or stage not in run.stages:
+            return _nothing(0)
+        seen = self._norms.get((matrix, stage))
+        after = _end(seen)
+        try:
+            if seen is None:
+                values = run.neuron_norms(matrix, stage)
+            else:
+                columns = run.table.rows(run.table.index(matrix))
+                values = run.all_neuron_norms(stage, after)[:, columns]
+        except RunError:
+            return seen or _nothing(0)
+        fresh = run.steps > after
+        steps, void = run.steps[fresh], run.void[fresh]
+        whole = ~void & ~np.isnan(values).all(axis=1)
+        joined = _joined(seen, Series(steps[whole], values[whole]))
+        return _keep(self._norms, (matrix, stage), joined)
+
+    def spectra(self, matrix: str, stage: str) -> Series:
+        """Return the singular values (Ts, k) of a matrix, NaN at and below their noise floor."""
+        run = self.run
+        if run is None or matrix not in run.matrices:
+            return _nothing(0)
+        seen = self._spectra.get((matrix, stage))
+        index = run.table.index(matrix)
+        try:
+            if seen is None:
+                steps, sigma, floor, _ = run.spectra(matrix, stage)
+            else:
+                steps, sigma, floor, _ = run.all_spectra(stage, _end(seen))
+                sigma, floor = sigma[:, run.table.sigmas(index)], floor[:, index]
+        except RunError:
+            return seen or _nothing(0)
+        moved = np.isin(steps, run.steps[~run.void]) & (sigma > floor[:, None]).any(axis=1)
+        values = np.where(sigma > floor[:, None], sigma, np.nan)[moved]
+        return _keep(self._spectra, (matrix, stage), _joined(seen, Series(steps[moved], values)))
+
+    def spectrum_at(self, matrix: str, stage: str, step: int) -> Spectrum | None:
+        """Return the spectrum at the sampled step nearest to `step`; None if there is none."""
+        series = self.spectra(matrix, stage)
+        if not len(series.steps):
+            return None
+        at = int(np.abs(series.steps - step).argmin())
+        return Spectrum(int(series.steps[at]), series.values[at])
+
+    def norms_at(self, matrix: str, stage: str, step: int) -> Norms | None:
+        """Return the row norms at the recorded step nearest to `step`; None if there are none."""
+        series = self.norms(matrix, stage)
+        if not len(series.steps):
+            return None
+        at = int(np.abs(series.steps - step).argmin())
+        return Norms(int(series.steps[at]), series.values[at])
+
+    def _continues(self) -> bool:
+        """Tell whether the recording only grew since the last look, and remember this look."""
+        run, last = self.run, self._last
+        if run is None or not len(run.steps):
+            self._last = None
+            return last is None
+        self._last = (float(run.times[0]), int(run.steps[-1]), float(run.times[-1]), run.overlaps)
+        if last is None:
+            return True
+        first, step, when, overlaps = last
+        at = int(np.searchsorted(run.steps, step))
+        same = at < len(run.steps) and (run.times[0], run.times[at]) == (first, when)
+        return bool(same and run.overlaps == overlaps)
+
+
+class Store:
+    """All runs on show, from files and from folders that are watched.
+
+    Parameters
+    ----------
+    paths : sequence of Path
+        Run files and folders of them.
+    wait : bool
+        Accept folders that are empty or not there yet.
+
+    Raises
+    ------
+    RunError
+        If a path does not exist, or a folder holds no recording, unless `wait`.
+
+    Attributes
+    ----------
+    version : int
+        Another whenever a run came, went or changed.
+    """
+
+    def __init__(self, paths: Sequence[Path], *, wait: bool = False) -> None:
+        self.lock = threading.RLock()
+        self.folders = [path for path in paths if _is_folder(path, wait)]
+        if not wait:
+            find_runs(paths)
+        files = [path for path in paths if path not in self.folders]
+        self._files = find_runs(files) if files else []
+        self._entries: dict[Path, Entry] = {}
+        self._others: dict[str, int] = {}
+        self.version = next(_changes)
+        self.refresh()
+
+    @property
+    def entries(self) -> list[Entry]:
+        """All runs, in the order in which they were found."""
+        return list(self._entries.values())
+
+    @property
+    def live(self) -> bool:
+        """Whether more steps may come."""
+        return any(entry.live for entry in self.entries)
+
+    def refresh(self) -> bool:
+        """Look for new runs and new steps; tell whether anything changed."""
+        with self.lock:
+            found = self._look()
+            changed = False
+            for path in [path for path in self._entries if path not in found]:
+                del self._entries[path]
+                changed = True
+            for path in found:
+                if path not in self._entries:
+                    self._entries[path] = Entry(self._free_id(path), path)
+                    changed = True
+                entry = self._entries[path]
+                if entry.refresh():
+                    changed = True
+            if changed:
+                self._assign_styles()
+                self.version = next(_changes)
+            return changed
+
+    def chosen(self, ids: Sequence[str]) -> list[Entry]:
+        """Return the readable runs among `ids`."""
+        return [entry for entry in self.entries if entry.id in ids and entry.run is not None]
+
+    def label(self, entry: Entry) -> str:
+        """Return a run's name, told apart by its id where two runs carry the same."""
+        same = sum(other.name == entry.name for other in self.entries)
+        return f"{entry.name} ({entry.id})" if same > 1 else entry.name
+
+    def matrices(self) -> list[str]:
+        """Names of all runs' matrices, each once, in model order."""
+        runs = [entry.run for entry in self.entries if entry.run]
+        return list(dict.fromkeys(name for run in runs for name in run.matrices))
+
+    def _look(self) -> list[Path]:
+        found = list(self._files)
+        for folder in self.folders:
+            try:
+                found += find_runs([folder])
+            except RunError:
+                continue  # nothing in it yet
+        return list(dict.fromkeys(found))
+
+    def _free_id(self, path: Path) -> str:
+        """Return an id that is no path: a file's name, and a number where it is taken."""
+        name = re.sub(r"[^\w.-]+", "-", path.name.removesuffix(".h5")) or "run"
+        taken = {entry.id for entry in self.entries}
+        numbered = (f"{name}-{number}" for number in range(2, len(taken) + 3))
+        return next(free for free in (name, *numbered) if free not in taken)
+
+    def _assign_styles(self) -> None:
+        """Give every run its optimizer's style; an optimizer met first keeps its own for good."""
+        met: dict[str, int] = {}
+        for entry in self.entries:
+            name = entry.optimizer
+            if name and name not in KNOWN:
+                self._others.setdefault(name, len(self._others))
+            style = style_of(name, self._others.get(name, 0))
+            entry.style = variant(style, met.get(name, 0))
+            met[name] = met.get(name, 0) + 1
+
+
+def _is_folder(path: Path, wait: bool) -> bool:
+    if path.name.endswith((".h5", ".parts")):
+        return False
+    return path.is_dir() or (wait and not path.exists())
+
+
+def _nothing(columns: int) -> Series:
+    return Series(np.empty(0, np.int64), np.empty((0, columns)))
+
+
+def _end(seen: Series | None) -> int:
+    return int(seen.steps[-1]) if seen is not None and len(seen.steps) else 0
+
+
+def _joined(seen: Series | None, new: Series) -> Series:
+    if seen is None or not len(seen.steps):
+        return new
+    if not len(new.steps):
+        return seen
+    return Series(
+        np.concatenate([seen.steps, new.steps]), np.concatenate([seen.values, new.values])
+    )
+
+
+def _keep(
+    cache: OrderedDict[tuple[str, str], Series], key: tuple[str, str], series: Series
+) -> Series:
+    cache[key] = series
+    cache.move_to_end(key)
+    if len(cache) > KEPT_MATRICES:
+        cache.popitem(last=False)
+    return series

@@ -1,0 +1,85 @@
+"""Fewer points than the screen can show are sent, and none that a reader would miss."""
+
+import numpy as np
+
+POINTS = 2000
+"""Points of a line: twice the pixels of a wide panel."""
+COLUMNS, ROWS = 480, 256
+"""Cells of a heatmap: about its pixels when three stand side by side."""
+
+
+def extremes(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
+    """Return the indices to draw of a line: the lowest and highest of every block, and both ends.
+
+    Parameters
+    ----------
+    values : ndarray of shape (T,)
+        NaN counts as neither low nor high.
+    limit : int
+        At most about so many indices; all of them if T is no larger.
+
+    Returns
+    -------
+    ndarray of int64
+        Ascending.
+    """
+    if len(values) <= limit:
+        return np.arange(len(values))
+    edges = np.linspace(0, len(values), limit // 2 + 1).astype(int)
+    known = np.isfinite(values)
+    low = np.where(known, values, np.inf)
+    high = np.where(known, values, -np.inf)
+    kept = [0, len(values) - 1]
+    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+        kept += [start + int(low[start:stop].argmin()), start + int(high[start:stop].argmax())]
+    return np.unique(kept)
+
+
+def blocks(
+    values: np.ndarray, rows: int = ROWS, columns: int = COLUMNS
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Return a heatmap of at most `rows` × `columns` cells, each the RMS of its block.
+
+    A mean would average a lone bright cell away, a stride would miss it.
+
+    Parameters
+    ----------
+    values : ndarray of shape (R, T)
+        NaN is left out of its block.
+
+    Returns
+    -------
+    values : ndarray of shape (R', T'), float32
+        As given where it is small enough.
+    row, column : ndarray of int64, shapes (R',) and (T',)
+        Index of the middle of every block.
+    """
+    row, column = _middles(values.shape[0], rows), _middles(values.shape[1], columns)
+    if (len(row), len(column)) == values.shape:
+        return values.astype(np.float32), row, column
+    known = np.isfinite(values)
+    squares = np.where(known, values, 0.0) ** 2
+    total, count = _sums(squares, rows, columns), _sums(known.astype(np.float64), rows, columns)
+    mean = np.full(total.shape, np.nan)
+    np.divide(total, count, out=mean, where=count > 0)
+    return np.sqrt(mean).astype(np.float32), row, column
+
+
+def _edges(length: int, limit: int) -> np.ndarray:
+    cells = min(length, limit)
+    edges: np.ndarray = np.arange(cells + 1) * length // max(cells, 1)
+    return edges
+
+
+def _middles(length: int, limit: int) -> np.ndarray:
+    edges = _edges(length, limit)
+    middles: np.ndarray = (edges[:-1] + edges[1:] - 1) // 2
+    return middles
+
+
+def _sums(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
+    for axis, limit in enumerate((rows, columns)):
+        if values.shape[axis]:
+            starts = _edges(values.shape[axis], limit)[:-1]
+            values = np.add.reduceat(values, starts, axis=axis)
+    return values

@@ -1,0 +1,298 @@
+"""What is written is what is read, whatever happened in between."""
+
+from __future__ import annotations
+
+import json
+import os
+from pathlib import Path
+from typing import NamedTuple
+
+import h5py
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from normuon_lens.errors import RunError
+from normuon_lens.runfile import Matrices, Matrix, Writer, open_run
+from normuon_lens.runfile.manifest import Manifest
+from normuon_lens.runfile.schema import parts_of
+
+TABLE = Matrices([Matrix("up", 6, 3), Matrix("down", 3, 6, "bfloat16", 1)])
+
+
+def norms_of(step: int) -> np.ndarray:
+    return np.arange(9, dtype=np.float32) + 100 * step
+
+
+def matrix_of(step: int, i: int) -> np.ndarray:
+    rng = np.random.default_rng([step, i])
+    return rng.standard_normal((TABLE[i].m, TABLE[i].n)).astype(np.float32) * 1e-6
+
+
+def write_steps(writer: Writer, steps: range, sample: int = 3) -> None:
+    for step in steps:
+        writer.step(step, 1e9 + step, scalars={"loss": 1 / step}, norms={"update": norms_of(step)})
+        if step % sample == 0:
+            sigma = np.arange(6, 0, -1) * float(step)
+            writer.spectra("update", step, sigma, np.full(2, 1e-9), weight_norm=np.ones(2))
+            for i in range(2):
+                writer.matrix("update", i, step, matrix_of(step, i))
+
+
+def expect_steps(path: Path, steps: list[int], sample: int = 3) -> None:
+    run = open_run(path)
+    assert run.steps.tolist() == steps
+    np.testing.assert_array_equal(run.times, 1e9 + run.steps)
+    np.testing.assert_allclose(run.scalars["loss"], 1 / run.steps)
+    expected = np.stack([norms_of(step) for step in steps])
+    np.testing.assert_array_equal(run.neuron_norms("up"), expected[:, :6])
+    np.testing.assert_array_equal(run.neuron_norms("down"), expected[:, 6:])
+    sampled = [step for step in steps if step % sample == 0]
+    assert run.spectrum_steps().tolist() == sampled
+    for step in sampled:
+        np.testing.assert_array_equal(run.spectrum("down", step), step * np.array([3.0, 2, 1]))
+        np.testing.assert_array_equal(run.update("up", step), matrix_of(step, 0))
+        np.testing.assert_array_equal(run.update("down", step), matrix_of(step, 1))
+    assert run.matrices == ["up", "down"]
+    assert run.table == TABLE
+    assert not run.damaged
+
+
+@pytest.mark.parametrize("close", [True, False])
+def test_round_trip(tmp_path: Path, close: bool) -> None:
+    writer = Writer(tmp_path / "x.h5", {"optimizer": "SGD"}, TABLE)
+    write_steps(writer, range(1, 31))
+    if close:
+        closed = writer.close()
+        assert closed.steps == 30
+        assert closed.bytes == (tmp_path / "x.h5").stat().st_size
+        assert not parts_of(tmp_path / "x.h5").exists()
+    else:
+        writer.commit()
+    expect_steps(tmp_path / "x.h5", list(range(1, 31)))
+    run = open_run(tmp_path / "x.h5")
+    assert run.status == ("finished" if close else "recording")
+    assert run.live is not close
+    assert run.optimizer == "SGD"
+
+
+def test_every_small_segment_is_read_and_merged(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    writer = Writer(path, {"optimizer": "SGD"}, TABLE)
+    for step in range(1, 301):
+        write_steps(writer, range(step, step + 1))
+        writer.commit()
+    segments = Manifest.load(parts_of(path)).segments
+    # With the empty first one 301 = 1·256 + 2·16 + 13: a digit a level, as in base 16.
+    assert [entry.level for entry in segments] == [2] + [1] * 2 + [0] * 13
+    on_disk = {file.name for file in parts_of(path).glob("*.h5")}
+    assert on_disk == {entry.file for entry in segments}
+    expect_steps(path, list(range(1, 301)))
+    writer.close()
+    expect_steps(path, list(range(1, 301)))
+
+
+@settings(max_examples=25, deadline=None)
+@given(commits=st.lists(st.integers(0, 5), min_size=1, max_size=12))
+def test_any_partition_into_segments_reads_the_same(
+    tmp_path_factory: pytest.TempPathFactory, commits: list[int]
+) -> None:
+    path = tmp_path_factory.mktemp("runs") / "x.h5"
+    writer = Writer(path, {}, TABLE)
+    step = 1
+    for count in commits:
+        write_steps(writer, range(step, step + count))
+        writer.commit()
+        step += count
+    writer.close()
+    if step > 1:
+        expect_steps(path, list(range(1, step)))
+
+
+def test_resumed_run_takes_the_later_record(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    first = Writer(path, {}, TABLE)
+    for step in range(1, 21):
+        first.step(step, 1e9, scalars={"loss": -1.0}, norms={"update": np.zeros(9)})
+    first.close()
+    second = Writer(path, {}, TABLE, resume=True)
+    assert second.last_step == 20
+    write_steps(second, range(1, 41))
+    second.commit()
+    expect_steps(path, list(range(1, 41)))  # the file and the parts as one
+    assert open_run(path).overlaps == 20
+    second.close()
+    expect_steps(path, list(range(1, 41)))
+    run = open_run(path)
+    assert run.overlaps == 20, "both records are kept and counted"
+    assert [event.kind for event in run.events] == ["resumed"]
+
+
+def test_float16_keeps_small_updates(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "x.h5", {}, TABLE, store="float16")
+    write_steps(writer, range(3, 4))
+    writer.matrix("update", 0, 4, np.zeros((6, 3)))
+    writer.close()
+    run = open_run(tmp_path / "x.h5")
+    stored, true = run.update("up", 3), matrix_of(3, 0)
+    # Half a unit in the last of float16's 11 digits, of the largest entry.
+    assert np.abs(stored - true).max() <= np.abs(true).max() * 2.0**-11
+    np.testing.assert_array_equal(run.update("up", 4), 0)
+
+
+def test_steps_without_norms_are_nan_and_voids_are_marked(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "x.h5", {}, TABLE)
+    writer.step(1, 0.0, scalars={"loss": 1.0}, norms={"update": norms_of(1)})
+    writer.step(2, 0.0, scalars={"val": 2.0}, norms={})
+    writer.step(3, 0.0, scalars={}, norms={"update": np.zeros(9)}, void=True)
+    writer.commit()
+    writer.step(4, 0.0, scalars={}, norms={})
+    writer.close()
+    run = open_run(tmp_path / "x.h5")
+    assert np.isnan(run.neuron_norms("up")).all(axis=1).tolist() == [False, True, False, True]
+    assert run.void.tolist() == [False, False, True, False]
+    np.testing.assert_array_equal(run.scalars["loss"], [1, np.nan, np.nan, np.nan])
+    np.testing.assert_array_equal(run.scalars["val"], [np.nan, 2, np.nan, np.nan])
+
+
+def test_compressed_file_reads_the_same(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "x.h5", {}, TABLE, compress=True)
+    write_steps(writer, range(1, 31))
+    writer.close()
+    expect_steps(tmp_path / "x.h5", list(range(1, 31)))
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file["neurons/update"].compression == "gzip"
+
+
+def test_empty_recording_can_be_opened(tmp_path: Path) -> None:
+    Writer(tmp_path / "x.h5", {"optimizer": "SGD"}, TABLE).close()
+    run = open_run(tmp_path / "x.h5")
+    assert len(run.steps) == 0
+    assert "no steps" in repr(run)
+
+
+# -- never an existing recording by accident -----------------------------------------------------
+
+
+def test_existing_file_is_refused_and_untouched(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    path.write_bytes(b"precious")
+    with pytest.raises(RunError, match="exists already"):
+        Writer(path, {}, TABLE)
+    assert path.read_bytes() == b"precious"
+    assert not parts_of(path).exists()
+
+
+def test_two_writers_cannot_share_a_recording(tmp_path: Path) -> None:
+    writer = Writer(tmp_path / "x.h5", {}, TABLE)
+    write_steps(writer, range(1, 3))
+    with pytest.raises(RunError, match=f"being recorded by process {os.getpid()}"):
+        Writer(tmp_path / "x.h5", {}, TABLE, resume=True)
+    writer.close()
+    expect_steps(tmp_path / "x.h5", [1, 2])
+
+
+def test_remains_of_a_crash_are_refused_and_can_be_resumed(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    write_steps(writer := Writer(path, {}, TABLE), range(1, 4))
+    writer.commit()
+    _let_the_writer_die(path)
+    (parts_of(path) / "segment.h5.tmp").write_bytes(b"half")
+    with pytest.raises(RunError, match="remains of an interrupted recording"):
+        Writer(path, {}, TABLE)
+    assert open_run(path).status == "interrupted"
+    write_steps(writer := Writer(path, {}, TABLE, resume=True), range(4, 7))
+    writer.close()
+    expect_steps(path, list(range(1, 7)))
+
+
+def test_resuming_other_matrices_is_refused(tmp_path: Path) -> None:
+    write_steps(writer := Writer(tmp_path / "x.h5", {}, TABLE), range(1, 4))
+    writer.close()
+    with pytest.raises(RunError, match="other matrices"):
+        Writer(tmp_path / "x.h5", {}, Matrices([Matrix("a", 2, 2)]), resume=True)
+    expect_steps(tmp_path / "x.h5", [1, 2, 3])
+
+
+def test_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    write_steps(writer := Writer(path, {}, TABLE), range(1, 4))
+    path.write_bytes(b"precious")
+    assert "kept in parts" in writer.close().remark
+    assert path.read_bytes() == b"precious"
+
+
+def test_target_that_cannot_be_written(tmp_path: Path) -> None:
+    (tmp_path / "file").write_text("in the way")
+    with pytest.raises(RunError, match="cannot record there"):
+        Writer(tmp_path / "file" / "x.h5", {}, TABLE)
+
+
+def test_no_room_to_pack_keeps_the_parts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.h5"
+    write_steps(writer := Writer(path, {}, TABLE), range(1, 31))
+    monkeypatch.setattr("shutil.disk_usage", lambda _: _Usage(free=100))
+    closed = writer.close()
+    assert "packing needs" in closed.remark
+    assert not path.exists()
+    expect_steps(path, list(range(1, 31)))
+    assert open_run(path).status == "finished"
+
+
+def test_failed_commit_leaves_what_was_committed(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.h5"
+    write_steps(writer := Writer(path, {}, TABLE), range(1, 11))
+    writer.commit()
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _disk_full)
+        write_steps(writer, range(11, 21))
+        with pytest.raises(OSError, match="No space"):
+            writer.commit()
+    writer.abandon("stopped: No space left on device")
+    expect_steps(path, list(range(1, 11)))
+    assert open_run(path).status == "stopped: No space left on device"
+    assert not list(parts_of(path).glob("*.tmp"))
+
+
+def test_metadata_that_is_too_long_is_refused(tmp_path: Path) -> None:
+    with pytest.raises(RunError, match="shorten the notes"):
+        Writer(tmp_path / "x.h5", {"notes": "x" * 100_000}, TABLE)
+
+
+# -- the file as others see it -------------------------------------------------------------------
+
+
+def test_packed_file_is_one_that_generic_viewers_plot(tmp_path: Path) -> None:
+    write_steps(writer := Writer(tmp_path / "x.h5", {"optimizer": "SGD"}, TABLE), range(1, 301))
+    writer.close()
+    with h5py.File(tmp_path / "x.h5") as file:
+        assert file.attrs["format"] == b"normuon-lens"
+        assert json.loads(file.attrs["run"]) == {"optimizer": "SGD"}
+        group = file[file.attrs["default"]]
+        assert group.attrs["NX_class"] == b"NXdata"
+        signal = group[group.attrs["signal"]]
+        axis = group[group.attrs["axes"][0]]
+        assert signal.shape == (300, 9)
+        assert signal.chunks == (256, 9)
+        assert axis.shape == (300,)
+        assert signal.dims[0][0] == file["steps/step"]
+        assert file["updates/update/000"].chunks == (1, 6, 3)
+
+
+def _disk_full(_: int) -> None:
+    raise OSError(28, "No space left on device")
+
+
+class _Usage(NamedTuple):
+    free: int
+
+
+def _let_the_writer_die(path: Path) -> None:
+    """Make the manifest and lock name a process that is certainly gone."""
+    gone = 2**22 + 1  # beyond the largest process id that Linux hands out
+    for name, before in (("manifest.json", '"pid": '), ("lock", " ")):
+        file = parts_of(path) / name
+        file.write_text(file.read_text().replace(f"{before}{os.getpid()}", f"{before}{gone}"))
