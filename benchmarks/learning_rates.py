@@ -10,6 +10,7 @@ import itertools
 import statistics
 
 import torch
+
 from normuon_lens.sample_runs.data import Batches, standard_library
 from normuon_lens.sample_runs.training import Recipe, Training
 

@@ -15,6 +15,8 @@ from typing import Any, NamedTuple
 import dash
 from dash import ClientsideFunction, Input, Output, Patch, State, no_update
 
+from normuon_lens.runfile import STAGES
+
 from . import layout
 from .figures.frame import cursors
 from .headline import headline
@@ -42,7 +44,7 @@ def make_app(store: Store) -> dash.Dash:
         assets_folder=str(ASSETS),
         serve_locally=True,
         title="normuon-lens",
-        update_title=None,
+        update_title="",
         enable_mcp=False,
         compress=False,
     )
@@ -58,8 +60,10 @@ def make_app(store: Store) -> dash.Dash:
 def _follow_the_browser(app: dash.Dash) -> None:
     """Theme, address and keyboard need no server: see assets/lens.js."""
 
+    connect: Any = app.clientside_callback
+
     def browser(name: str, *wires: Any) -> None:
-        app.clientside_callback(ClientsideFunction("lens", name), *wires)
+        connect(ClientsideFunction("lens", name), *wires)
 
     browser("link", Output("link", "data"), Input("link", "id"))
     browser("theme", Output("theme", "data"), Input("theme-button", "n_clicks"))
@@ -175,7 +179,7 @@ def _follow_clicks(app: dash.Dash) -> None:
     )
     def go(*_: Any) -> tuple[Any, Any]:
         point = dash.ctx.triggered[0]["value"]["points"][0]
-        matrix = no_update
+        matrix: Any = no_update
         if dash.ctx.triggered_id == "imbalance":
             matrix = html.unescape(str(point["y"]))
         return round(point["x"]), matrix
@@ -205,9 +209,7 @@ def _draw(app: dash.Dash, store: Store, panel: Panel) -> None:
             return redraw(store, panel, view, drawn)
 
 
-def redraw(
-    store: Store, panel: Panel, view: View, drawn: dict[str, Any] | None
-) -> tuple[Any, Any]:
+def redraw(store: Store, panel: Panel, view: View, drawn: dict[str, Any] | None) -> tuple[Any, Any]:
     """Return the least that brings a picture up to date, and what it then was drawn from.
 
     Parameters
@@ -327,7 +329,5 @@ def _options(store: Store) -> list[dict[str, str]]:
 
 def _stages(store: Store) -> list[str]:
     """Return the stages that any run has recorded, in optimizer order."""
-    from normuon_lens.runfile import STAGES
-
     found = {stage for entry in store.entries if entry.run for stage in entry.run.stages}
     return [stage for stage in STAGES if stage in found] or ["update"]

@@ -13,7 +13,9 @@ import click
 @click.command(
     epilog="Example: normuon-lens dashboard runs/ --port 8060",
 )
-@click.argument("paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH...")
+@click.argument(
+    "paths", nargs=-1, required=True, type=click.Path(path_type=Path), metavar="PATH..."
+)
 @click.option(
     "--port",
     type=click.IntRange(0, 65535),

@@ -15,7 +15,14 @@ from .store import Entry
 
 EVEN = CATALOGUE["condition_number"].healthy["NorMuon"][1]
 BALANCED = CATALOGUE["neuron_cv"].healthy["NorMuon"][1]
-"""Above these a run is called badly conditioned, or imbalanced."""
+"""Above these a matrix counts as ill-conditioned, or as imbalanced."""
+
+
+class Share(NamedTuple):
+    """How many of the matrices that were measured exceed what is healthy."""
+
+    bad: int
+    of: int
 
 
 class Headline(NamedTuple):
@@ -27,6 +34,9 @@ class Headline(NamedTuple):
         Medians over all matrices and all steps beyond the first `SKIP`.
     loss : float
         Mean of the last losses logged.
+    ill_conditioned, imbalanced : Share
+        Matrices whose own median is too high. A median over all matrices hides the few in which
+        an optimizer goes wrong, such as the tall ones under Muon.
     early : bool
         Whether the run has no step beyond the first `SKIP`, so that those had to count.
     """
@@ -34,33 +44,37 @@ class Headline(NamedTuple):
     condition: float
     imbalance: float
     loss: float
+    ill_conditioned: Share
+    imbalanced: Share
     early: bool
-
-    @property
-    def badly_conditioned(self) -> bool:
-        """Whether the condition number exceeds what Muon and NorMuon show."""
-        return self.condition > EVEN
-
-    @property
-    def imbalanced(self) -> bool:
-        """Whether the imbalance exceeds what NorMuon shows."""
-        return self.imbalance > BALANCED
 
 
 def headline(entry: Entry, stage: str) -> Headline:
     """Return a readable run's headline figures at a stage."""
     assert entry.run is not None
+    condition = _settled(entry.series("condition_number", stage))
     imbalance = entry.series("neuron_cv", stage)
+    settled = _settled(imbalance)
     return Headline(
-        condition=_median(entry.series("condition_number", stage)),
-        imbalance=_median(imbalance),
+        condition=_median(condition),
+        imbalance=_median(settled),
         loss=final_loss(entry.run),
+        ill_conditioned=_share(condition, EVEN),
+        imbalanced=_share(settled, BALANCED),
         early=not (imbalance.steps > SKIP).any(),
     )
 
 
-def _median(series: Series) -> float:
+def _settled(series: Series) -> np.ndarray:
     late = series.steps > SKIP
-    values = series.values[late] if late.any() else series.values
+    return series.values[late] if late.any() else series.values
+
+
+def _median(values: np.ndarray) -> float:
     values = values[np.isfinite(values)]
     return float(np.median(values)) if values.size else math.nan
+
+
+def _share(values: np.ndarray, limit: float) -> Share:
+    medians = np.array([_median(column) for column in values.T])
+    return Share(int((medians > limit).sum()), int(np.isfinite(medians).sum()))

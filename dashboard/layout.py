@@ -13,14 +13,14 @@ from normuon_lens.analysis.comparison import SKIP
 
 from .figures import empty_figure
 from .figures.palette import Style
-from .headline import BALANCED, EVEN, Headline
+from .headline import BALANCED, EVEN, Headline, Share
 from .panels import PANELS, Panel
 from .store import Entry, Store
 
 LIVE_EVERY, WATCH_EVERY = 1500, 5000
 """Milliseconds between two looks: while a run is recorded, and while a folder is only watched."""
 
-GRAPH = {
+GRAPH: Any = {
     # plotly.js 4 offers by default to upload the chart to a company's server.
     "showSendToCloud": False,
     "displaylogo": False,
@@ -51,7 +51,7 @@ def page() -> Any:
     """Return the whole page."""
     return dmc.MantineProvider(
         id="mantine",
-        theme={"primaryColor": "dark", "fontFamily": "inherit", "defaultRadius": "sm"},
+        theme={"fontFamily": "inherit", "defaultRadius": "sm"},
         children=[
             *_memory(),
             html.Header(_bar(), className="bar"),
@@ -96,7 +96,7 @@ def waiting_text(store: Store) -> list[Any]:
 
 
 def _memory() -> list[Any]:
-    """What the browser remembers between callbacks; nothing of it is seen."""
+    """Return what the browser remembers between callbacks; nothing of it is seen."""
     return [
         dcc.Interval("tick", interval=LIVE_EVERY),
         dcc.Store("news"),  # version of the runs last shown
@@ -136,6 +136,7 @@ def _bar() -> list[Any]:
                     updatemode="drag",
                     label=None,
                     size=6,
+                    color="var(--accent)",
                     thumbLabel="optimizer step",
                 ),
             ],
@@ -164,7 +165,7 @@ def _side() -> list[Any]:
     return [
         html.H2("Runs"),
         dmc.CheckboxGroup(
-            id="runs", value=[], children=html.Div(id="run-list"), **{"aria-label": "Runs"}
+            id="runs", value=[], children=html.Div(id="run-list"), **_attributes(aria_label="Runs")
         ),
         _panel(_of("loss")),
     ]
@@ -175,8 +176,9 @@ def _content() -> list[Any]:
     return [
         html.Div(id="headline", className="headlines"),
         html.P(
-            f"Medians over all matrices and steps; the first {SKIP} steps are left out here and "
-            f"veiled below. Badly conditioned: above {EVEN:g}. Imbalanced: above {BALANCED:g}.",
+            "Medians over all matrices and steps, and how many matrices are ill-conditioned "
+            f"(above {EVEN:g}) or imbalanced (above {BALANCED:g}). The first {SKIP} steps are left "
+            "out here and veiled below.",
             className="footnote",
         ),
         html.Div([_panel(_of("condition")), _panel(_of("imbalance"))], className="row overview"),
@@ -187,6 +189,11 @@ def _content() -> list[Any]:
 
 def _waiting() -> Any:
     return html.Div(id="waiting", className="waiting", hidden=True)
+
+
+def _attributes(**values: str) -> dict[str, Any]:
+    """Return HTML attributes whose names have hyphens, such as ``aria-label``."""
+    return {name.replace("_", "-"): value for name, value in values.items()}
 
 
 def _of(name: str) -> Panel:
@@ -208,7 +215,7 @@ def _panel(panel: Panel) -> Any:
             ),
         ],
         className=f"card {panel.id}-card",
-        **{"aria-labelledby": title},
+        **_attributes(aria_labelledby=title),
     )
 
 
@@ -243,7 +250,7 @@ def _status(entry: Entry) -> list[Any]:
         return [f"{entry.optimizer or 'run'} · waiting for the first step"]
     if run.live:
         # The age is counted on by the browser, once a second.
-        age = html.Span("", **{"data-since": f"{run.times[-1]:.1f}"})
+        age = html.Span("", **_attributes(data_since=f"{run.times[-1]:.1f}"))
         return [html.Span(className="live-dot"), f"{entry.optimizer} · step {newest}, ", age]
     return [f"{entry.optimizer} · {newest} steps · {run.status}"]
 
@@ -284,16 +291,14 @@ def _card(name: str, style: Style, figures: Headline) -> Any:
                     _figure(
                         "condition number",
                         figures.condition,
-                        figures.badly_conditioned,
-                        ("badly conditioned", "well conditioned"),
+                        _verdict(figures.ill_conditioned, "ill-conditioned", "well conditioned"),
                     ),
                     _figure(
                         "neuron imbalance",
                         figures.imbalance,
-                        figures.imbalanced,
-                        ("imbalanced", "balanced"),
+                        _verdict(figures.imbalanced, "imbalanced", "balanced"),
                     ),
-                    _figure("loss", figures.loss, None, ("", "")),
+                    _figure("loss", figures.loss, []),
                 ],
                 className="headline-figures",
             ),
@@ -303,16 +308,21 @@ def _card(name: str, style: Style, figures: Headline) -> Any:
     )
 
 
-def _figure(label: str, value: float, bad: bool | None, verdicts: tuple[str, str]) -> Any:
+def _figure(label: str, value: float, verdict: list[Any]) -> Any:
     shown = "–" if math.isnan(value) else _three_digits(value)
-    verdict: list[Any] = []
-    if bad is not None and not math.isnan(value):
-        kind = "bad" if bad else "good"
-        verdict = [html.Div(verdicts[0 if bad else 1], className=f"verdict {kind}")]
     return html.Div(
         [html.Div(label, className="label"), html.Div(shown, className="value"), *verdict],
         className="figure",
     )
+
+
+def _verdict(share: Share, bad: str, good: str) -> list[Any]:
+    if not share.of:
+        return []
+    if not share.bad:
+        return [html.Div(f"all {good}", className="verdict good")]
+    count = f"all {share.of}" if share.bad == share.of else f"{share.bad} of {share.of}"
+    return [html.Div(f"{count} {bad}", className="verdict bad")]
 
 
 def _three_digits(value: float) -> str:
@@ -335,5 +345,5 @@ def _help() -> Any:
             html.Button("Close", id="help-close"),
         ],
         id="help",
-        **{"aria-label": "Help"},
+        **_attributes(aria_label="Help"),
     )

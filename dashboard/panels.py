@@ -92,9 +92,7 @@ def _draw_condition(store: Store, view: View) -> Figure:
             low, middle, high = np.nanpercentile(values[known], [10, 50, 90], axis=1)
             at = extremes(middle)
             name = store.label(entry)
-            bands.append(
-                Band(name, entry.style, steps[known][at], low[at], middle[at], high[at])
-            )
+            bands.append(Band(name, entry.style, steps[known][at], low[at], middle[at], high[at]))
     if not bands:
         return _nothing(view, "spectra")
     return condition.condition_figure(bands, until=SKIP, step=view.step, dark=view.dark)
@@ -150,7 +148,8 @@ def _draw_loss(store: Store, view: View) -> Figure:
     if not losses:
         text = "No loss was logged.\nLog it with lens.log(loss=loss)"
         return empty_figure(_why(view) or text, dark=view.dark)
-    return loss.loss_figure(losses, until=SKIP, step=view.step, dark=view.dark)
+    # The list of runs right above it is its legend.
+    return loss.loss_figure(losses, until=SKIP, step=view.step, legend=False, dark=view.dark)
 
 
 PANELS = (

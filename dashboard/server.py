@@ -102,7 +102,7 @@ def guard(app: Wsgi, host: str, scripts: Sequence[str] = ()) -> Wsgi:
         origin = environ.get("HTTP_ORIGIN", "")
         if not known(_name(asked)) or (origin and urlsplit(origin).netloc != asked):
             start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8"), *headers])
-            return ["normuon-lens answers only to the address that it printed.\n".encode()]
+            return [b"normuon-lens answers only to the address that it printed.\n"]
 
         def locked(status: str, given: list[tuple[str, str]], *more: Any) -> Any:
             return start(status, [*given, *headers], *more)

@@ -1,5 +1,7 @@
 """Fewer points than the screen can show are sent, and none that a reader would miss."""
 
+from itertools import pairwise
+
 import numpy as np
 
 POINTS = 2000
@@ -30,7 +32,7 @@ def extremes(values: np.ndarray, limit: int = POINTS) -> np.ndarray:
     low = np.where(known, values, np.inf)
     high = np.where(known, values, -np.inf)
     kept = [0, len(values) - 1]
-    for start, stop in zip(edges[:-1], edges[1:], strict=True):
+    for start, stop in pairwise(edges.tolist()):
         kept += [start + int(low[start:stop].argmin()), start + int(high[start:stop].argmax())]
     return np.unique(kept)
 

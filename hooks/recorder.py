@@ -497,7 +497,7 @@ def _describe(
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:
     """Keep the hyper-parameters of a parameter group that can be written down."""
-    plain = {}
+    plain: dict[str, Any] = {}
     for key, value in group.items():
         if key == "params":
             continue

@@ -4,8 +4,8 @@ from __future__ import annotations
 
 import difflib
 from collections.abc import Iterable, Sequence
+from dataclasses import dataclass
 from fnmatch import fnmatchcase
-from typing import NamedTuple
 
 import torch
 
@@ -13,7 +13,8 @@ from normuon_lens.errors import AttachError
 from normuon_lens.runfile import Matrices, Matrix
 
 
-class Watched(NamedTuple):
+@dataclass(frozen=True)
+class Watched:
     """One recorded parameter: where it stands in the table, and whose it is.
 
     Attributes

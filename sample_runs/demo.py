@@ -6,7 +6,7 @@ import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import ExitStack, contextmanager
+from contextlib import ExitStack, contextmanager, suppress
 from pathlib import Path
 
 import torch
@@ -15,6 +15,7 @@ from rich.progress import BarColumn, MofNCompleteColumn, Progress, TextColumn, T
 
 from normuon_lens.analysis import compare
 from normuon_lens.cli.compare import print_comparison
+from normuon_lens.cli.tables import console
 from normuon_lens.errors import LensError
 from normuon_lens.hooks import Recorder, attach
 from normuon_lens.runfile import open_run
@@ -46,28 +47,34 @@ def run_demo(folder: Path, steps: int, seed: int, dashboard: bool, browser: bool
     LensError
         If the folder cannot be written or holds such recordings already.
     """
-    console = Console(highlight=False)
+    to = console()
     _make(folder)
-    with _dashboard(folder, browser) if dashboard else ExitStack() as page:
-        console.print(
-            f"Training one GPT under {', '.join(recipe.name for recipe in RECIPES)}: {steps} steps "
-            f"of the same batches each, recorded to {folder}/",
-            markup=False,
-        )
-        paths = record(folder, steps, seed, console)
-        print_comparison(compare([open_run(path) for path in paths]), console)
-        if isinstance(page, subprocess.Popen) and page.poll() is None:
-            console.print("The page stays up until you press Ctrl-C.")
+    with ExitStack() as stack:
+        page = stack.enter_context(_dashboard(folder, browser)) if dashboard else None
+        names = ", ".join(recipe.name for recipe in RECIPES)
+        to.print(f"Training one small GPT under {names}: {steps} steps of the same batches each")
+        try:
+            paths = record(folder, steps, seed, to)
+        except KeyboardInterrupt:
+            to.print(
+                f"Stopped. What was recorded is kept: normuon-lens dashboard {folder}",
+                soft_wrap=True,
+            )
+            raise
+        print_comparison(compare([open_run(path) for path in paths]), to)
+        if page is None or page.poll() is not None:
+            to.print(f"Look at it:  normuon-lens dashboard {folder}", soft_wrap=True)
+            return
+        to.print("The page stays up until you press Ctrl-C.")
+        with suppress(KeyboardInterrupt):
             page.wait()
-        else:
-            console.print(f"Look at it:  normuon-lens dashboard {folder}", markup=False)
 
 
 def record(
     folder: Path,
     steps: int,
     seed: int,
-    console: Console,
+    to: Console,
     *,
     norms_every: int = 1,
     every: int = SPECTRA_EVERY,
@@ -110,14 +117,14 @@ def record(
             )
             for training, path in zip(trainings, paths, strict=True)
         ]
-        _train(trainings, recorders, text, steps, seed, console)
+        _train(trainings, recorders, text, steps, seed, to)
     for training, recorder, path in zip(trainings, recorders, paths, strict=True):
         rest = training.seconds - recorder.seconds
-        console.print(
+        to.print(
             f"{path}: {path.stat().st_size / 1e6:.1f} MB, {recorder.steps} steps, "
             f"{training.seconds:.1f} s, of which recording took {recorder.seconds:.1f} s "
             f"(+{recorder.seconds / rest:.0%})",
-            markup=False,
+            soft_wrap=True,
         )
     return paths
 
@@ -128,12 +135,12 @@ def _train(
     text: Text,
     steps: int,
     seed: int,
-    console: Console,
+    to: Console,
 ) -> None:
     context = trainings[0].model.shape.context
     batches = Batches(text.train, BATCH, context, seed)
     held_out = Batches(text.validation, VALIDATION_BATCH, context, seed).next()
-    with _progress(steps, console) as report:
+    with _progress(steps, to) as report:
         for step in range(1, steps + 1):
             inputs, targets = batches.next()
             losses = {}
@@ -149,33 +156,33 @@ def _train(
 class _Reporter:
     """Tells how far the training is: a bar on a terminal, a line now and then elsewhere."""
 
-    def __init__(self, steps: int, console: Console, progress: Progress) -> None:
-        self._steps, self._console, self._progress = steps, console, progress
+    def __init__(self, steps: int, to: Console, progress: Progress) -> None:
+        self._steps, self._to, self._progress = steps, to, progress
         self._task = progress.add_task("", total=steps, losses="")
         self._started = time.monotonic()
 
     def __call__(self, step: int, losses: dict[str, float]) -> None:
         shown = "  ".join(f"{name} {loss:.3f}" for name, loss in losses.items())
-        if self._console.is_terminal:
+        if self._to.is_terminal:
             self._progress.update(self._task, completed=step, losses=shown)
         elif step == self._steps or step % max(1, self._steps // LINES_WITHOUT_TERMINAL) == 0:
             left = (time.monotonic() - self._started) / step * (self._steps - step)
             line = f"step {step}/{self._steps}  loss {shown}  {left:.0f} s left"
-            self._console.print(line, markup=False)
+            self._to.print(line, soft_wrap=True)
 
 
 @contextmanager
-def _progress(steps: int, console: Console) -> Iterator[_Reporter]:
+def _progress(steps: int, to: Console) -> Iterator[_Reporter]:
     progress = Progress(
         BarColumn(),
         MofNCompleteColumn(),
         TextColumn("loss {task.fields[losses]}"),
         TimeRemainingColumn(),
-        console=console,
-        disable=not console.is_terminal,
+        console=to,
+        disable=not to.is_terminal,
     )
     with progress:
-        yield _Reporter(steps, console, progress)
+        yield _Reporter(steps, to, progress)
 
 
 @contextmanager

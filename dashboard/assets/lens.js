@@ -47,10 +47,10 @@
     };
     const text = Object.entries(query).map(([key, value]) => `${key}=${value}`).join("&");
     history.replaceState(history.state, "", `?${text}`);
-    const end = step >= newest ? "newest" : `of ${newest}`;
+    const end = step >= newest ? ", the newest" : ` of ${newest}`;
     const shown = now.matrices.find((option) => option.value === matrix);
     const where = stage === "update" ? `step ${step}` : `step ${step}, ${stage}`;
-    return [`${step} ${end}`, `${shown ? shown.label : matrix}  ·  ${where}`];
+    return [`${step}${end}`, `${shown ? shown.label : matrix}  ·  ${where}`];
   };
 
   // -- keyboard -------------------------------------------------------------------------------

@@ -11,8 +11,8 @@ from .palette import faded
 
 TITLE = "Condition number"
 READING = (
-    "Strongest direction over weakest: 1 is a perfectly even step. Line: median over the matrices; "
-    "band: 10–90 % of them; tint: where Muon and NorMuon usually stay."
+    "Strongest direction over weakest, median and 10–90 % over the matrices: 1 is a perfectly even "
+    "step, the tint is where Muon and NorMuon usually stay."
 )
 
 HEALTHY = CATALOGUE["condition_number"].healthy["NorMuon"]

@@ -54,8 +54,8 @@ class Theme(NamedTuple):
     grid: str
     paper: str
     healthy: str
-    heat: tuple[tuple[float, str], ...]
-    balance: tuple[tuple[float, str], ...]
+    heat: tuple[str, ...]
+    balance: tuple[str, ...]
 
 
 LIGHT = Theme(
@@ -65,18 +65,18 @@ LIGHT = Theme(
     paper="#ffffff",
     healthy="rgba(0,158,115,0.09)",
     heat=(
-        (0.0, "#eef2f6"),
-        (0.25, "#fbe0b5"),
-        (0.5, "#f3a152"),
-        (0.75, "#cf4a2b"),
-        (1.0, "#6d1330"),
+        "#eef2f6",
+        "#fbe0b5",
+        "#f3a152",
+        "#cf4a2b",
+        "#6d1330",
     ),
     balance=(
-        (0.0, "#0b3c6f"),
-        (0.25, "#5d9ccb"),
-        (0.5, "#f4f5f7"),
-        (0.75, "#ea9a57"),
-        (1.0, "#8f2d0c"),
+        "#0b3c6f",
+        "#5d9ccb",
+        "#f4f5f7",
+        "#ea9a57",
+        "#8f2d0c",
     ),
 )
 DARK = Theme(
@@ -86,18 +86,18 @@ DARK = Theme(
     paper="#181d26",
     healthy="rgba(0,190,140,0.10)",
     heat=(
-        (0.0, "#232a36"),
-        (0.25, "#6a2c4f"),
-        (0.5, "#c04a36"),
-        (0.75, "#f0a04b"),
-        (1.0, "#fdf0b8"),
+        "#232a36",
+        "#6a2c4f",
+        "#c04a36",
+        "#f0a04b",
+        "#fdf0b8",
     ),
     balance=(
-        (0.0, "#8cc6f5"),
-        (0.25, "#35709f"),
-        (0.5, "#222833"),
-        (0.75, "#b5652b"),
-        (1.0, "#ffc48a"),
+        "#8cc6f5",
+        "#35709f",
+        "#222833",
+        "#b5652b",
+        "#ffc48a",
     ),
 )
 """Heatmaps begin at the colour of the page, so that what is healthy recedes in both themes."""
@@ -115,7 +115,7 @@ def layout(dark: bool, *, x: str, y: str, **more: Any) -> Figure:
         "font": {"family": FONT, "size": 12, "color": colours.ink},
         "paper_bgcolor": colours.paper,
         "plot_bgcolor": colours.paper,
-        "margin": {"l": 56, "r": 12, "t": 30, "b": 42},
+        "margin": {"l": 52, "r": 10, "t": 24, "b": 40},
         "hovermode": "x unified",
         "hoverlabel": {
             "bgcolor": colours.paper,
@@ -146,14 +146,29 @@ def axis(dark: bool, title: str = "", **more: Any) -> Figure:
         "linecolor": colours.grid,
         "tickfont": {"size": 11, "color": colours.soft},
         "zeroline": False,
+        "ticks": "",
         "automargin": True,
         **more,
     }
 
 
 def log_axis(dark: bool, title: str) -> Figure:
-    """Return a logarithmic axis with plain numbers, or powers of ten over many decades."""
-    return axis(dark, title, type="log", dtick="D1", exponentformat="power")
+    """Return a logarithmic axis labelled with whole numbers, not with their leading digits."""
+    return axis(dark, title, type="log", tickformat="~g")
+
+
+def inner_legend(dark: bool, x: float, y: float) -> Figure:
+    """Return a legend inside the picture, in the corner that its data leave free."""
+    return {
+        "x": x,
+        "xanchor": "left" if x < 0.5 else "right",
+        "y": y,
+        "yanchor": "bottom" if y < 0.5 else "top",
+        "bgcolor": faded(theme(dark).paper, 0.6),
+        "font": {"size": 11.5},
+        "itemclick": False,
+        "itemdoubleclick": False,
+    }
 
 
 def empty_figure(text: str, *, dark: bool = False) -> Figure:
@@ -192,7 +207,7 @@ def line_trace(curve: Curve, **more: Any) -> Figure:
 
 
 def numbers(values: np.ndarray) -> list[Any]:
-    """Return an array as a plain list, None where not finite: what a browser can be patched with."""
+    """Return an array as a plain list, None where not finite: a patch needs plain lists."""
     plain: list[Any] = values.tolist()
     if values.dtype.kind == "f":
         return [value if ok else None for value, ok in zip(plain, np.isfinite(values), strict=True)]
@@ -217,7 +232,9 @@ def cursor(step: int | None, dark: bool, panels: int = 1) -> list[Figure]:
     """Return one vertical line a panel at the chosen step; invisible where none is chosen."""
     line = {"color": theme(dark).ink, "width": 1.25}
     return [
-        _across(panel, "line", step or 0, step or 0, name=CURSOR, line=line, visible=step is not None)
+        _across(
+            panel, "line", step or 0, step or 0, name=CURSOR, line=line, visible=step is not None
+        )
         for panel in range(panels)
     ]
 
@@ -225,7 +242,7 @@ def cursor(step: int | None, dark: bool, panels: int = 1) -> list[Figure]:
 def dimmed(until: int, dark: bool, panels: int = 1) -> list[Figure]:
     """Return a veil over the steps up to `until`, which say little about an optimizer."""
     veil = {"fillcolor": faded(theme(dark).paper, 0.62), "line": {"width": 0}}
-    return [_across(panel, "rect", 0, until + 0.5, **veil) for panel in range(panels)]
+    return [_across(panel, "rect", 0.5, until + 0.5, **veil) for panel in range(panels)]
 
 
 def band(low: float, high: float, dark: bool) -> Figure:
@@ -291,7 +308,7 @@ def _across(panel: int, kind: str, left: float, right: float, **more: Any) -> Fi
 
 # -- heatmaps side by side -----------------------------------------------------------------------
 
-GAP = 0.018
+GAP = 0.022
 """Space between two heatmaps, as a share of the width."""
 
 
@@ -333,7 +350,7 @@ def heatmaps(
     for i, grid in enumerate(grids):
         number = "" if i == 0 else str(i + 1)
         left = i * (width + GAP)
-        shared = {"matches": "x"} if i else {}
+        shared: Figure = {"matches": "x"} if i else {}
         base[f"xaxis{number}"] = axis(
             dark,
             "optimizer step",
@@ -389,9 +406,11 @@ def colour_axis(dark: bool, title: str, scale: Sequence[Any], **more: Any) -> Fi
     colours = theme(dark)
     bar = {
         "title": {"text": title, "side": "right", "font": {"size": 11, "color": colours.soft}},
-        "thickness": 10,
+        "thickness": 9,
+        "x": 1.01,
+        "len": 1.05,
         "outlinewidth": 0,
-        "xpad": 6,
+        "xpad": 2,
         "tickfont": {"size": 11, "color": colours.soft},
         **more.pop("colorbar", {}),
     }

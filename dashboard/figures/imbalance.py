@@ -8,8 +8,8 @@ from .frame import Figure, Grid, colour_axis, heatmaps, name_of, theme
 
 TITLE = "Imbalance of the neurons"
 READING = (
-    "Spread of the neuron norms (CV) in every matrix. Pale rows are balanced, glowing ones let a "
-    "few neurons do the moving. Click a row to look into it."
+    "Spread of the neuron norms (CV): faint rows are balanced, in glowing ones a few neurons do "
+    "the moving. Click a row to look into it."
 )
 
 HEALTHY = CATALOGUE["neuron_cv"].healthy["NorMuon"][1]
@@ -42,13 +42,21 @@ def imbalance_figure(
         Theme.
     """
     named = [grid._replace(rows=[name_of(row) for row in grid.rows]) for grid in grids]
-    bar = {"tickvals": [0, HEALTHY, top], "ticktext": ["0", f"{HEALTHY:g} ▾ balanced", f"{top:.2g}"]}
+    bar = {"tickvals": [0, HEALTHY, top], "ticktext": ["0", f"{HEALTHY:g}", f"{top:.2g}"]}
+    # What is healthy stays faint, however far the worst goes.
+    page, faint, *glowing = theme(dark).heat
+    share = HEALTHY / top
+    scale = [(0.0, page), (share, faint)]
+    scale += [(share + (1 - share) * (i + 1) / len(glowing), c) for i, c in enumerate(glowing)]
+    colours = colour_axis(
+        dark, f"CV, healthy below {HEALTHY:g}", scale, cmin=0, cmax=top, colorbar=bar
+    )
     figure = heatmaps(
         named,
         dark=dark,
         y="",
         hover="%{y}<br>step %{x}<br>CV %{z:.3f}<extra></extra>",
-        colours=colour_axis(dark, "", theme(dark).heat, cmin=0, cmax=top, colorbar=bar),
+        colours=colours,
         until=until,
         step=step,
         type="category",

@@ -20,7 +20,12 @@ class Loss(NamedTuple):
 
 
 def loss_figure(
-    losses: Sequence[Loss], *, until: int = 0, step: int | None = None, dark: bool = False
+    losses: Sequence[Loss],
+    *,
+    until: int = 0,
+    step: int | None = None,
+    legend: bool = True,
+    dark: bool = False,
 ) -> Figure:
     """Return the losses of all runs over steps, smoothed lines over faint raw ones.
 
@@ -31,10 +36,15 @@ def loss_figure(
         Last of the steps to veil.
     step : int, optional
         Where the cursor stands.
+    legend : bool
+        False where the names stand beside the picture.
     dark : bool
         Theme.
     """
     base = layout(dark, x="optimizer step", y="loss")
+    base["showlegend"] = legend
+    if not legend:
+        base["margin"] |= {"t": 8}
     base["shapes"] = [*cursor(step, dark), *dimmed(until, dark)]
     raw = [
         line_trace(

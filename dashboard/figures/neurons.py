@@ -2,12 +2,12 @@
 
 from collections.abc import Sequence
 
-from .frame import Curve, Figure, axis, layout, level, line_trace
+from .frame import Curve, Figure, axis, inner_legend, layout, level, line_trace
 
 TITLE = "Neurons"
 READING = (
-    "How far each neuron moves, over the mean, busiest first. On the line at 1 all move equally; "
-    "the left end is overworked, the right end starves."
+    "Norms of the neurons over their mean, largest first: on the line at 1 all move equally far, "
+    "at 0 they starve."
 )
 
 
@@ -23,6 +23,9 @@ def neurons_figure(curves: Sequence[Curve], *, dark: bool = False) -> Figure:
     """
     base = layout(dark, x="neuron, sorted", y="norm / mean")
     base["yaxis"] = axis(dark, "norm / mean", rangemode="tozero")
+    # Sorted values fall towards the right: the top right is free.
+    base["margin"] |= {"t": 10}
+    base["legend"] = inner_legend(dark, x=0.99, y=0.99)
     base["shapes"] = [level(1.0, dark)]
     hover = "%{y:.3g} × mean"
     return {"data": [line_trace(curve, hovertemplate=hover) for curve in curves], "layout": base}

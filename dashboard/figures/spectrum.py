@@ -4,12 +4,12 @@ from collections.abc import Sequence
 
 from normuon_lens.metrics.spectrum import NEWTON_SCHULZ_BAND
 
-from .frame import Curve, Figure, band, layout, line_trace, log_axis, remark
+from .frame import Curve, Figure, band, inner_legend, layout, line_trace, log_axis, remark
 
 TITLE = "Spectrum"
 READING = (
-    "Singular values, largest first, over the largest. Flat means that every direction moves "
-    "equally far; a steep fall means that few directions take the whole step."
+    "Singular values over the largest: flat means that every direction moves equally far, steep "
+    "that a few take the whole step."
 )
 
 HEALTHY = (NEWTON_SCHULZ_BAND[0] / NEWTON_SCHULZ_BAND[1], 1.0)
@@ -28,16 +28,19 @@ def spectrum_figure(curves: Sequence[Curve], *, dark: bool = False) -> Figure:
     """
     base = layout(dark, x="singular value, sorted", y="σ / σ₁")
     base["yaxis"] = log_axis(dark, "σ / σ₁")
+    # Sorted values fall from the top left: the bottom left is free.
+    base["margin"] |= {"t": 18}
+    base["legend"] = inner_legend(dark, x=0.01, y=0.01)
     base["shapes"] = [band(*HEALTHY, dark)]
     base["annotations"] = [
         remark(
             "Newton–Schulz band",
             dark,
             xref="x domain",
-            x=0.01,
-            xanchor="left",
+            x=1,
+            xanchor="right",
             yref="y domain",
-            y=0.02,
+            y=1,
             yanchor="bottom",
         )
     ]

@@ -6,9 +6,11 @@ from .frame import Figure, Grid, colour_axis, heatmaps, theme
 
 TITLE = "Neurons over time"
 READING = (
-    "Every neuron's norm over the mean at that step. Plain is balanced; a lasting warm stripe is a "
-    "neuron that always moves too far, a lasting blue one starves."
+    "Norm over the mean of its step: plain is balanced; a lasting warm stripe is a neuron that "
+    "always moves too far, a lasting blue one starves."
 )
+
+QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def timeline_figure(
@@ -27,8 +29,9 @@ def timeline_figure(
     dark : bool
         Theme.
     """
-    bar = {"tickvals": [0, 1, 2], "ticktext": ["0 starved", "1 mean", "≥ 2"]}
-    colours = colour_axis(dark, "", theme(dark).balance, cmin=0, cmax=2, colorbar=bar)
+    bar = {"tickvals": [0, 1, 2], "ticktext": ["0", "1", "≥ 2"]}
+    scale = list(zip(QUARTERS, theme(dark).balance, strict=True))
+    colours = colour_axis(dark, "norm / mean", scale, cmin=0, cmax=2, colorbar=bar)
     return heatmaps(
         grids,
         dark=dark,

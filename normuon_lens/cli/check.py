@@ -2,10 +2,11 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import click
 
+from normuon_lens.cli.runs import open_runs
 from normuon_lens.cli.tables import print_json
 from normuon_lens.errors import RunError
 
@@ -21,9 +22,7 @@ def check(runs: tuple[str, ...], as_json: bool) -> None:
 
     Ends with exit code 2 if anything is damaged. A RUN may also be a folder.
     """
-    from normuon_lens.runfile import find_runs, open_run
-
-    reports = [_read_everything(open_run(path)) for path in find_runs(runs)]
+    reports = [_read_everything(run) for run in open_runs(runs)]
     if as_json:
         print_json(reports)
     else:
@@ -38,7 +37,7 @@ def check(runs: tuple[str, ...], as_json: bool) -> None:
         raise RunError("; ".join(damaged) + "; the undamaged rest stays readable")
 
 
-def _read_everything(run: Run) -> dict[str, object]:
+def _read_everything(run: Run) -> dict[str, Any]:
     """Read every number of a run once; returns counts and what could not be read."""
     damaged = [f"{damage.path}: {damage.reason}" for damage in run.damaged]
     spectra = matrices = 0

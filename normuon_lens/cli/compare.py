@@ -8,7 +8,8 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from normuon_lens.cli.tables import add_row, console, factor, figure, new_table, print_json
+from normuon_lens.cli.runs import open_runs
+from normuon_lens.cli.tables import console, factor, figure, new_table, print_json
 
 if TYPE_CHECKING:
     from normuon_lens.analysis import Comparison
@@ -27,9 +28,8 @@ def compare(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
     also be a folder: all its recordings are taken.
     """
     from normuon_lens.analysis import compare as compare_runs
-    from normuon_lens.runfile import find_runs, open_run
 
-    comparison = compare_runs([open_run(path) for path in find_runs(runs)], skip=skip)
+    comparison = compare_runs(open_runs(runs), skip=skip)
     if as_json:
         print_json(asdict(comparison))
     else:
@@ -45,8 +45,8 @@ def print_comparison(comparison: Comparison, to: Console) -> None:
     )
     for run in comparison.runs:
         status = run.status + (f", {run.dropped} samples dropped" if run.dropped else "")
-        loss, validation = figure(run.loss), figure(run.val_loss)
-        add_row(overview, run.name, run.optimizer, str(run.steps), loss, validation, status)
+        loss, validation = (f"{x:.3f}" if x == x else "–" for x in (run.loss, run.val_loss))
+        overview.add_row(run.name, run.optimizer, str(run.steps), loss, validation, status)
     to.print(overview)
     title = f"Updates (medians; first {comparison.skipped} steps left out)"
     names = [run.name for run in comparison.runs]
@@ -58,6 +58,6 @@ def print_comparison(comparison: Comparison, to: Console) -> None:
         cells = [figure(row.values[0].median)]
         for value, ratio in zip(row.values[1:], row.ratios()[1:], strict=True):
             cells.append(f"{figure(value.median)}  {factor(ratio):>6}")
-        add_row(table, row.group if row.group != group else "", describe(row.metric).label, *cells)
+        table.add_row(row.group if row.group != group else "", describe(row.metric).label, *cells)
         group = row.group
     to.print(table)

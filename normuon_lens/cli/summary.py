@@ -6,7 +6,8 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normuon_lens.cli.tables import add_row, console, figure, new_table, print_json
+from normuon_lens.cli.runs import open_runs
+from normuon_lens.cli.tables import console, figure, new_table, print_json
 
 if TYPE_CHECKING:
     from normuon_lens.runfile import Run
@@ -23,9 +24,7 @@ def summary(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
 
     Figures are medians over the recorded steps. A RUN may also be a folder.
     """
-    from normuon_lens.runfile import find_runs, open_run
-
-    summaries = [_summarise(open_run(path), skip) for path in find_runs(runs)]
+    summaries = [_summarise(run, skip) for run in open_runs(runs)]
     if as_json:
         print_json(summaries)
         return
@@ -79,14 +78,14 @@ def _print(content: dict[str, Any], skip: int) -> None:
     for key in ("void_steps", "repeated_steps", "dropped"):
         if content[key]:
             counts.append(f"{content[key]} {key.replace('_', ' ')}")
-    to.print(f"{content['path']}: {content['optimizer']}, {', '.join(counts)}", markup=False)
+    to.print(f"{content['path']}: {content['optimizer']}, {', '.join(counts)}")
     for group in content["groups"]:
         known = {key: value for key, value in group.items() if value is not None}
         name = known.pop("optimizer", content["optimizer"])
         settings = ", ".join(f"{key}={value}" for key, value in known.items() if value is not False)
-        to.print(f"  {name}: {settings}", markup=False)
+        to.print(f"  {name}: {settings}")
     for damage in content["damaged"]:
-        to.print(f"  damaged, left out: {damage}", markup=False)
+        to.print(f"  damaged, left out: {damage}")
     labels = [describe(metric).label for metric in COLUMNS]
     title = f"Updates (medians; first {skip} steps left out)"
     table = new_table(title, ["matrix", "shape", *labels])
@@ -94,5 +93,5 @@ def _print(content: dict[str, Any], skip: int) -> None:
         cells = [figure(row[metric]) for metric in COLUMNS]
         if row["condition_is_lower_bound"]:
             cells[0] = f"≥ {cells[0]}"
-        add_row(table, row["matrix"], " × ".join(map(str, row["shape"])), *cells)
+        table.add_row(row["matrix"], " × ".join(map(str, row["shape"])), *cells)
     to.print(table)

@@ -10,7 +10,6 @@ from typing import Any
 import click
 import rich.box
 from rich.console import Console
-from rich.markup import escape
 from rich.table import Table
 
 WIDTH_WHEN_PIPED = 120
@@ -38,21 +37,22 @@ def factor(ratio: float) -> str:
 
 def new_table(title: str, columns: Sequence[str], *, text_columns: int = 1) -> Table:
     """Return an empty table; the first `text_columns` are aligned left, figures right."""
-    table = Table(title=escape(title), title_justify="left", box=rich.box.SIMPLE_HEAD)
+    table = Table(title=title, title_justify="left", box=rich.box.SIMPLE_HEAD, padding=(0, 1, 0, 0))
     for i, column in enumerate(columns):
-        table.add_column(escape(column), justify="left" if i < text_columns else "right")
+        text = i < text_columns
+        table.add_column(column, justify="left" if text else "right", no_wrap=text)
     return table
 
 
-def add_row(table: Table, *cells: str) -> None:
-    """Add a row; names come from files, so markup in them is shown and not obeyed."""
-    table.add_row(*(escape(cell) for cell in cells))
-
-
 def console() -> Console:
-    """Return the console for standard output, wide enough when piped."""
-    plain = Console(highlight=False)
-    return plain if plain.is_terminal else Console(highlight=False, width=WIDTH_WHEN_PIPED)
+    """Return the console for standard output, wide enough when piped.
+
+    Markup is off: names come from files, and what looks like markup in them is text.
+    """
+    plain = Console(highlight=False, markup=False)
+    if plain.is_terminal:
+        return plain
+    return Console(highlight=False, markup=False, width=WIDTH_WHEN_PIPED)
 
 
 def print_json(content: Any) -> None:

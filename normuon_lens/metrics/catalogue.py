@@ -142,7 +142,7 @@ _SIGMA = ("sigma",)
 _FLOORED = ("sigma", "floor")
 _NORMS = ("norms",)
 
-# Healthy ranges come from the training measured in DESIGN 10 (medians of tall matrices: condition
+# Healthy ranges come from trainings of the demo's model (medians of tall matrices: condition
 # 1.66 Muon, 2.2 NorMuon; CV .056 and max/min 1.43 NorMuon; square matrices keep a condition of
 # 12-66 under both) with about a factor two of room, and from Newton-Schulz on made-up matrices
 # (p95/p5 1.5-1.74, share in the band 0.90-1; after row normalization p95/p5 up to 2.4).
@@ -288,7 +288,7 @@ _ROWS = (
     ),
     _row(
         "neuron_cv",
-        "neuron imbalance (CV)",
+        "neuron CV",
         "ratio",
         "std(r) / mean(r)",
         "The headline figure of imbalance: 0 when all neurons move equally far, 0.3 when they "
@@ -299,7 +299,7 @@ _ROWS = (
     ),
     _row(
         "neuron_max_min",
-        "largest over smallest neuron norm",
+        "neuron max/min",
         "ratio",
         "max(r) / min(r > 0)",
         "The farthest-moving neuron against the least-moving live one.",

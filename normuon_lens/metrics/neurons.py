@@ -12,7 +12,7 @@ from normuon_lens.errors import LensError
 from normuon_lens.metrics._numeric import Floats, power_of_two
 
 STARVED = 0.1
-"""A row below this share of the layer's mean norm counts as starved (DESIGN 6)."""
+"""A row below this share of the layer's mean norm counts as starved."""
 
 
 @np.errstate(all="ignore")

@@ -1,0 +1,34 @@
+"""Opens the recordings that a command line names."""
+
+from __future__ import annotations
+
+from collections.abc import Sequence
+from pathlib import Path
+from typing import TYPE_CHECKING
+
+import click
+
+if TYPE_CHECKING:
+    from normuon_lens.runfile import Run
+
+
+def open_runs(arguments: Sequence[str]) -> list[Run]:
+    """Open every recording among `arguments`, run files and folders.
+
+    What a shell's ``*`` added and is plainly no recording is left out, and named on standard
+    error.
+
+    Raises
+    ------
+    RunError
+        If none is there, or one cannot be read.
+    """
+    from normuon_lens.runfile import find_runs, open_run
+
+    found = find_runs(arguments)
+    kept = {*found, *(path.parent for path in found)}
+    left_out = [name for name in arguments if Path(str(name).removesuffix(".parts")) not in kept]
+    if left_out:
+        names = ", ".join(Path(name).name for name in left_out)
+        click.echo(f"normuon-lens: no recordings, left out: {names}", err=True)
+    return [open_run(path) for path in found]

@@ -1,0 +1,118 @@
+"""Tables and comparisons: the same numbers as a loop over the recorded arrays gives."""
+
+from __future__ import annotations
+
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+import normuon_lens as nl
+from normuon_lens.analysis import compare, measure
+from normuon_lens.analysis.comparison import final_loss, matrix_group
+from normuon_lens.analysis.measure import measurable
+from normuon_lens.errors import LensError
+from normuon_lens.metrics import CATALOGUE
+from normuon_lens.runfile import made_up_run, open_run
+
+
+def test_every_measurable_metric_has_a_value_for_every_matrix(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "x.h5", steps=30, every=5)
+    lengths = {"norms": 30, "sigma": 7, "update": 7}
+    for name in measurable():
+        series = measure(run, name)
+        needs = CATALOGUE[name].needs
+        expected = next(lengths[need] for need in ("sigma", "update", "norms") if need in needs)
+        if "weight_norm" in needs:
+            expected = 7
+        assert series.values.shape == (expected, 6), name
+        first = 1 if "previous" in needs else 0
+        assert np.isfinite(series.values[first:]).all(), name
+
+
+def test_measures_equal_a_loop_over_the_arrays(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "x.h5", steps=30, every=5, condition=50)
+    cv, cond = measure(run, "neuron_cv"), measure(run, "condition_number")
+    cosine = measure(run, "cosine_previous")
+    for i, name in enumerate(run.matrices):
+        for row, norms in zip(cv.values, run.neuron_norms(name).astype(float), strict=True):
+            assert row[i] == pytest.approx(np.std(norms) / np.mean(norms))
+        np.testing.assert_allclose(cond.values[:, i], 50)
+        before, now = (run.update(name, step).ravel() for step in (5, 10))
+        expected = before @ now / np.linalg.norm(before) / np.linalg.norm(now)
+        assert cosine.values[2, i] == pytest.approx(expected, rel=1e-5)
+
+
+@pytest.mark.parametrize("metric", ["neuron_cv", "condition_number", "cosine_previous"])
+def test_asking_for_what_is_new_gives_the_rest_of_the_whole(metric: str, tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "x.h5", steps=30, every=5)
+    whole = measure(run, metric)
+    for after in (0, 1, 12, 29, 30, 99):
+        rest = measure(run, metric, after=after)
+        np.testing.assert_array_equal(rest.steps, whole.steps[whole.steps > after])
+        np.testing.assert_array_equal(rest.values, whole.values[whole.steps > after])
+
+
+def test_void_steps_have_no_condition_number(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "x.h5", steps=20, every=5, void=(10,))
+    series = measure(run, "condition_number")
+    assert np.isnan(series.values[series.steps == 10]).all()
+    assert np.isfinite(series.values[series.steps != 10]).all()
+
+
+def test_unknown_or_unrecorded_metrics_are_refused(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "x.h5", steps=2)
+    with pytest.raises(LensError, match="condition_number"):
+        measure(run, "conditon_number")
+    with pytest.raises(LensError, match="alignment needs gradient"):
+        measure(run, "alignment")
+    with pytest.raises(LensError, match="momentum"):
+        measure(run, "neuron_cv", stage="momentum")
+
+
+def test_table_is_long_and_complete(three_runs: Path) -> None:
+    runs = [open_run(path) for path in sorted(three_runs.iterdir())]
+    frame = nl.table(runs, metrics=["condition_number", "neuron_cv"])
+    assert list(frame.columns) == ["run", "step", "matrix", "stage", "metric", "value"]
+    assert len(frame) == 3 * 6 * (5 + 40)
+    wanted = frame[(frame.metric == "condition_number") & (frame.run == "muon")]
+    np.testing.assert_allclose(wanted.value, 1.7)
+    some = nl.table(runs, metrics=["neuron_cv"], steps=[10, 20])
+    assert sorted(some.step.unique()) == [10, 20]
+    assert nl.table([]).empty
+
+
+def test_comparison_skips_the_first_steps(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "x.h5", steps=40)
+    comparison = compare([run], ["neuron_cv"], skip=20)
+    late = measure(run, "neuron_cv").values[20:]
+    row = comparison.rows[-1]
+    assert row.group == "all matrices"
+    assert row.values[0].median == pytest.approx(np.median(late))
+    assert row.values[0].low == pytest.approx(np.percentile(late, 10))
+    assert row.values[0].count == late.size
+    short = compare([made_up_run(tmp_path / "y.h5", steps=10)], ["neuron_cv"], skip=20)
+    assert short.rows[-1].values[0].count == 60, "a short run is taken whole"
+
+
+def test_comparison_takes_matrices_by_name_not_by_place(tmp_path: Path) -> None:
+    shapes = {"up": (12, 4), "down": (4, 12)}
+    backwards = dict(reversed(shapes.items()))
+    a = made_up_run(tmp_path / "a.h5", shapes=shapes, condition=10)
+    b = made_up_run(tmp_path / "b.h5", shapes={**backwards, "more": (3, 3)}, condition=20)
+    comparison = compare([a, b], ["resolved", "condition_number"])
+    assert {row.group for row in comparison.rows} == {"up", "down", "all matrices"}
+    for row in comparison.rows:
+        if row.metric == "condition_number":
+            np.testing.assert_allclose(row.ratios(), [1, 2])
+
+
+def test_groups_are_names_with_their_numbers_replaced() -> None:
+    assert matrix_group("blocks.11.mlp.up") == "blocks.*.mlp.up"
+    assert matrix_group("0.layer2.3") == "*.layer2.*"
+
+
+def test_final_loss_is_the_mean_of_the_last_logged(tmp_path: Path) -> None:
+    run = made_up_run(tmp_path / "x.h5", steps=40)
+    assert final_loss(run) == pytest.approx(np.mean(4 / np.sqrt(np.arange(21, 41))))
+    assert np.isnan(final_loss(run, "accuracy"))
