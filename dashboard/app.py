@@ -59,7 +59,6 @@ def make_app(store: Store) -> dash.Dash:
 
 def _follow_the_browser(app: dash.Dash) -> None:
     """Theme, address and keyboard need no server: see assets/lens.js."""
-
     connect: Any = app.clientside_callback
 
     def browser(name: str, *wires: Any) -> None:
@@ -92,7 +91,8 @@ def _follow_the_runs(app: dash.Dash, store: Store) -> None:
     def look(_: int, seen: int | None) -> tuple[Any, int, int]:
         store.refresh()
         news = store.version if store.version != seen else no_update
-        every = layout.LIVE_EVERY if store.live else layout.WATCH_EVERY
+        soon = store.live or not store.entries
+        every = layout.LIVE_EVERY if soon else layout.WATCH_EVERY
         return news, every, -1 if store.live or store.folders else 0
 
     @app.callback(

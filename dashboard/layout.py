@@ -163,9 +163,14 @@ def _bar() -> list[Any]:
 
 def _side() -> list[Any]:
     return [
-        html.H2("Runs"),
         dmc.CheckboxGroup(
-            id="runs", value=[], children=html.Div(id="run-list"), **_attributes(aria_label="Runs")
+            id="runs",
+            value=[],
+            label="Runs",
+            children=html.Div(id="run-list"),
+            # Mantine gives the id to no element of its own.
+            attributes={"root": {"id": "runs"}},
+            className="runs",
         ),
         _panel(_of("loss")),
     ]

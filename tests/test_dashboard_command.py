@@ -58,7 +58,7 @@ def test_without_a_port_the_next_free_one_is_taken():
 
 
 def test_a_host_that_is_not_ours_is_refused():
-    with pytest.raises(LensError, match="--host no.such.host.invalid"):
+    with pytest.raises(LensError, match=re.escape("--host no.such.host.invalid")):
         bind("no.such.host.invalid", 0)
     with pytest.raises(LensError, match=re.escape("203.0.113.7")):
         bind("203.0.113.7", 0)
