@@ -1,8 +1,8 @@
 """The page comes alive: what the user does and what the runs do, turned into pictures.
 
 Every picture remembers in the browser what it was drawn from. A change then sends the smallest
-thing that brings it up to date: nothing, a cursor, new data, and a whole figure only when it shows
-something else. A figure sent whole would throw away the user's zoom.
+thing that brings it up to date: nothing, new data, and a whole figure only when it shows something
+else. A figure sent whole would throw away the user's zoom. The cursor is the browser's own.
 """
 
 from __future__ import annotations
@@ -18,7 +18,6 @@ from dash import ClientsideFunction, Input, Output, Patch, State, no_update
 from normuon_lens.runfile import STAGES
 
 from . import layout
-from .figures.frame import cursors
 from .headline import headline
 from .link import read_link
 from .panels import PANELS, Panel, View
@@ -28,13 +27,6 @@ ASSETS = Path(__file__).parent / "assets"
 
 KEYBOARD_STEPS = 4000
 """Recorded steps that the arrow keys know of; beyond this they skip some."""
-
-CONTROLS = (
-    Input("runs", "value"),
-    Input("matrix-select", "value"),
-    Input("step", "value"),
-    Input("stage-select", "value"),
-)
 
 
 def make_app(store: Store) -> dash.Dash:
@@ -71,7 +63,10 @@ def _follow_the_browser(app: dash.Dash) -> None:
         "remember",
         Output("step-reading", "children"),
         Output("matrix-title", "children"),
-        *CONTROLS,
+        Input("runs", "value"),
+        Input("matrix-select", "value"),
+        Input("step", "value"),
+        Input("stage-select", "value"),
         Input("step", "max"),
         Input("recorded", "data"),
         State("matrix-select", "data"),
@@ -110,6 +105,7 @@ def _follow_the_runs(app: dash.Dash, store: Store) -> None:
         Output("waiting", "children"),
         Output("waiting", "hidden"),
         Output("content", "hidden"),
+        Output("side", "hidden"),
         Input("news", "data"),
         Input("link", "data"),
         State("known", "data"),
@@ -154,6 +150,7 @@ def _follow_the_runs(app: dash.Dash, store: Store) -> None:
                 layout.waiting_text(store) if empty else [],
                 not empty,
                 empty,
+                empty,
             )
 
     @app.callback(
@@ -189,7 +186,11 @@ def _draw(app: dash.Dash, store: Store, panel: Panel) -> None:
     @app.callback(
         Output(panel.id, "figure"),
         Output(f"{panel.id}-drawn", "data"),
-        *CONTROLS,
+        Input("runs", "value"),
+        Input("matrix-select", "value"),
+        # Only a picture of one step is drawn anew for another; in the rest the cursor moves.
+        (Input if panel.one_step else State)("step", "value"),
+        Input("stage-select", "value"),
         Input("theme", "data"),
         Input("news", "data"),
         State(f"{panel.id}-drawn", "data"),
@@ -233,17 +234,11 @@ def redraw(store: Store, panel: Panel, view: View, drawn: dict[str, Any] | None)
         content.append([view.matrix])
     if panel.one_step:
         content.append([view.step])
-    now: dict[str, Any] = {"subject": subject, "content": content, "step": view.step}
     drawn = drawn or {}
     if drawn.get("subject") == subject and drawn.get("content") == content:
-        if drawn["step"] == view.step or not drawn["cursors"]:
-            return no_update, no_update
-        change = Patch()
-        for i in range(drawn["cursors"]):
-            change["layout"]["shapes"][i].update({"x0": view.step, "x1": view.step})
-        return change, {**drawn, "step": view.step}
+        return no_update, no_update
     figure = panel.draw(store, view)
-    now |= {"cursors": cursors(figure), "traces": len(figure["data"])}
+    now = {"subject": subject, "content": content, "traces": len(figure["data"])}
     if (drawn.get("subject"), drawn.get("traces")) != (subject, now["traces"]):
         return figure, now
     change = Patch()

@@ -24,7 +24,8 @@ GRAPH: Any = {
     # plotly.js 4 offers by default to upload the chart to a company's server.
     "showSendToCloud": False,
     "displaylogo": False,
-    "modeBarButtonsToRemove": ["select2d", "lasso2d", "zoomIn2d", "zoomOut2d"],
+    # Dragging zooms and a double click zooms out: only saving a picture needs a button.
+    "modeBarButtons": [["toImage"]],
     "doubleClick": "reset",
 }
 
@@ -57,7 +58,7 @@ def page() -> Any:
             html.Header(_bar(), className="bar"),
             html.Div(
                 [
-                    html.Aside(_side(), className="side"),
+                    html.Aside(_side(), id="side", className="side"),
                     html.Main([_waiting(), html.Div(_content(), id="content")], className="main"),
                 ],
                 className="columns",
@@ -216,7 +217,7 @@ def _panel(panel: Panel) -> Any:
                 figure=_BLANK,
                 config=GRAPH,
                 responsive=True,
-                className="graph",
+                className="graph" if panel.one_step else "graph over-steps",
             ),
         ],
         className=f"card {panel.id}-card",
@@ -333,7 +334,7 @@ def _verdict(share: Share, bad: str, good: str) -> list[Any]:
 def _three_digits(value: float) -> str:
     if value >= 1e5 or (0 < value < 1e-3):
         return f"{value:.1e}"
-    return f"{value:.0f}" if value >= 100 else f"{value:.3g}"
+    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _help() -> Any:

@@ -48,7 +48,8 @@ class Panel:
     draw : callable
         View to figure.
     one_matrix, one_step : bool
-        Whether it shows the chosen matrix only, the chosen step only.
+        Whether it shows the chosen matrix only, the chosen step only. What runs over steps has no
+        cursor drawn in: the page moves one over it.
     """
 
     id: str
@@ -95,7 +96,7 @@ def _draw_condition(store: Store, view: View) -> Figure:
             bands.append(Band(name, entry.style, steps[known][at], low[at], middle[at], high[at]))
     if not bands:
         return _nothing(view, "spectra")
-    return condition.condition_figure(bands, until=SKIP, step=view.step, dark=view.dark)
+    return condition.condition_figure(bands, until=SKIP, dark=view.dark)
 
 
 def _draw_imbalance(store: Store, view: View) -> Figure:
@@ -116,7 +117,7 @@ def _draw_imbalance(store: Store, view: View) -> Figure:
     settled = np.concatenate([cells[np.isfinite(cells)] for cells in late])
     top = max(LEAST_TOP, float(np.percentile(settled, 98)) if settled.size else 0.0)
     return imbalance.imbalance_figure(
-        grids, top=top, chosen=view.matrix, until=SKIP, step=view.step, dark=view.dark
+        grids, top=top, chosen=view.matrix, until=SKIP, dark=view.dark
     )
 
 
@@ -131,7 +132,7 @@ def _draw_timeline(store: Store, view: View) -> Figure:
             grids.append(Grid(store.label(entry), entry.style, steps[at], rows.tolist(), cells))
     if not grids:
         return _nothing(view, "neuron norms")
-    return timeline.timeline_figure(grids, until=SKIP, step=view.step, dark=view.dark)
+    return timeline.timeline_figure(grids, until=SKIP, dark=view.dark)
 
 
 def _draw_loss(store: Store, view: View) -> Figure:
@@ -149,7 +150,7 @@ def _draw_loss(store: Store, view: View) -> Figure:
         text = "No loss was logged.\nLog it with lens.log(loss=loss)"
         return empty_figure(_why(view) or text, dark=view.dark)
     # The list of runs right above it is its legend.
-    return loss.loss_figure(losses, until=SKIP, step=view.step, legend=False, dark=view.dark)
+    return loss.loss_figure(losses, until=SKIP, legend=False, dark=view.dark)
 
 
 PANELS = (

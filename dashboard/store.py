@@ -263,9 +263,9 @@ class Store:
         return [entry for entry in self.entries if entry.id in ids and entry.run is not None]
 
     def label(self, entry: Entry) -> str:
-        """Return a run's name, told apart by its id where two runs carry the same."""
+        """Return a run's name, or its id where two runs carry the same name."""
         same = sum(other.name == entry.name for other in self.entries)
-        return f"{entry.name} ({entry.id})" if same > 1 else entry.name
+        return entry.id if same > 1 else entry.name
 
     def matrices(self) -> list[str]:
         """Names of all runs' matrices, each once, in model order."""

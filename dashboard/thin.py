@@ -6,7 +6,7 @@ import numpy as np
 
 POINTS = 2000
 """Points of a line: twice the pixels of a wide panel."""
-COLUMNS, ROWS = 480, 256
+COLUMNS, ROWS = 320, 160
 """Cells of a heatmap: about its pixels when three stand side by side."""
 
 
@@ -67,21 +67,19 @@ def blocks(
     return np.sqrt(mean).astype(np.float32), row, column
 
 
-def _edges(length: int, limit: int) -> np.ndarray:
-    cells = min(length, limit)
-    edges: np.ndarray = np.arange(cells + 1) * length // max(cells, 1)
-    return edges
+def _starts(length: int, limit: int) -> np.ndarray:
+    """Return where equal blocks begin; unequal ones would show as stripes."""
+    return np.arange(0, length, -(-length // limit) or 1)
 
 
 def _middles(length: int, limit: int) -> np.ndarray:
-    edges = _edges(length, limit)
-    middles: np.ndarray = (edges[:-1] + edges[1:] - 1) // 2
+    starts = _starts(length, limit)
+    middles: np.ndarray = (starts + np.append(starts[1:], length) - 1) // 2
     return middles
 
 
 def _sums(values: np.ndarray, rows: int, columns: int) -> np.ndarray:
     for axis, limit in enumerate((rows, columns)):
         if values.shape[axis]:
-            starts = _edges(values.shape[axis], limit)[:-1]
-            values = np.add.reduceat(values, starts, axis=axis)
+            values = np.add.reduceat(values, _starts(values.shape[axis], limit), axis=axis)
     return values

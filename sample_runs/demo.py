@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import signal
 import subprocess
 import sys
 import time
@@ -191,9 +192,12 @@ def _dashboard(folder: Path, browser: bool) -> Iterator[subprocess.Popen[bytes]]
     command = [sys.executable, "-P", "-m", "normuon_lens.cli.main", "dashboard", str(folder)]
     command += ["--wait", *([] if browser else ["--no-browser"])]
     process = subprocess.Popen(command)
+    # Python ends at once on SIGTERM; the page must not stay behind, nor a recording unfinished.
+    before = signal.signal(signal.SIGTERM, lambda *_: sys.exit(143))
     try:
         yield process
     finally:
+        signal.signal(signal.SIGTERM, before)
         if process.poll() is None:
             process.terminate()
         process.wait()

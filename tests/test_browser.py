@@ -110,9 +110,12 @@ class Page:
                 const data = plot._fullData.map(t => ({
                     name: t.name, type: t.type, points: (t.z || t.x || []).length,
                     x: Array.from(t.x || []), y: Array.from(t.y || [])}));
-                const {xaxis, yaxis, shapes} = plot._fullLayout;
+                const {xaxis, yaxis} = plot._fullLayout;
+                const line = plot.querySelector(".cursor");
                 return {data, layout: {x: xaxis.range, y: yaxis.range,
-                    cursor: shapes.length ? shapes[0].x0 : null}};
+                    cursor: line && Number(line.dataset.step),
+                    aside: line && Math.abs(parseFloat(line.style.left) - xaxis._offset
+                                            - xaxis.d2p(Number(line.dataset.step)))}};
             }""",
             graph,
         )
@@ -218,7 +221,7 @@ def test_a_link_restores_the_view_and_a_click_moves_it(open_page):
     page.drawn()
     assert [trace["name"] for trace in page.figure("spectrum")["data"]] == ["muon"]
     assert len(page.figure("neurons")["data"][0]["y"]) == 32
-    assert page.figure("loss")["layout"]["cursor"] == 20
+    until(lambda: page.figure("loss")["layout"]["cursor"] == 20)
     assert UP in page.tab.locator("#matrix-select").input_value()
     until(lambda: page.query() == {"runs": "muon", "matrix": UP, "step": "20", "stage": "update"})
 
@@ -234,7 +237,7 @@ def test_a_live_run_grows_and_a_zoom_survives(open_page, runs):
     training.run(45)
     page = open_page("?runs=zlive&step=latest")
     page.drawn()
-    assert page.figure("condition")["layout"]["cursor"] == 45
+    until(lambda: page.figure("condition")["layout"]["cursor"] == 45)
     status = page.tab.locator("#run-list").get_by_text("step 45")
     status.wait_for()
     until(lambda: " s ago" in status.inner_text())
@@ -251,6 +254,7 @@ def test_a_live_run_grows_and_a_zoom_survives(open_page, runs):
         page.tab.mouse.move(left + box["width"] * 0.4, top + box["height"] * 0.6, steps=4)
         page.tab.mouse.up()
         until(lambda graph=graph: 10 < page.figure(graph)["layout"]["x"][0] < 20)
+        until(lambda graph=graph: page.figure(graph)["layout"]["aside"] < 1)
     zoomed = {graph: page.figure(graph)["layout"] for graph in ("condition", "imbalance")}
 
     training.run(15)

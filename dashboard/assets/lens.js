@@ -39,6 +39,7 @@
   const remember = (runs, matrix, step, stage, newest, recorded, options) => {
     now = { step, newest, recorded: recorded || [], matrix, matrices: options || [] };
     if (!matrix) return ["", ""];
+    placeAll();
     const query = {
       runs: (runs || []).map(encodeURIComponent).join(","),
       matrix: encodeURIComponent(matrix),
@@ -51,6 +52,33 @@
     const shown = now.matrices.find((option) => option.value === matrix);
     const where = stage === "update" ? `step ${step}` : `step ${step}, ${stage}`;
     return [`${step}${end}`, `${shown ? shown.label : matrix}  ·  ${where}`];
+  };
+
+  // -- cursor ---------------------------------------------------------------------------------
+
+  // A line laid over the pictures: Plotly would take a quarter second to redraw them for it.
+  const place = (plot) => {
+    const host = plot.querySelector(".svg-container");
+    const subplots = plot.data.length ? Object.values(plot._fullLayout._plots) : [];
+    const lines = [...host.querySelectorAll(".cursor")];
+    const labels = host.querySelectorAll(":scope > .main-svg")[1] || null; // stay above the line
+    for (const line of lines.slice(subplots.length)) line.remove();
+    subplots.forEach(({ xaxis, yaxis }, i) => {
+      const line = lines[i] || host.insertBefore(document.createElement("div"), labels);
+      const across = xaxis.d2p(now.step);
+      line.className = "cursor";
+      line.dataset.step = now.step;
+      line.hidden = across < 0 || across > xaxis._length;
+      line.style.left = `${Math.round(xaxis._offset + across)}px`;
+      line.style.top = `${yaxis._offset}px`;
+      line.style.height = `${yaxis._length}px`;
+    });
+  };
+
+  const placeAll = () => {
+    for (const plot of document.querySelectorAll(".over-steps .js-plotly-plot")) {
+      if (plot._fullLayout?._plots) place(plot); // else not drawn yet
+    }
   };
 
   // -- keyboard -------------------------------------------------------------------------------
@@ -98,7 +126,7 @@
   document.addEventListener(
     "keydown",
     (event) => {
-      const typing = event.target.closest("input, textarea, [role=listbox]");
+      const typing = event.target.closest("input:not([type=checkbox]), textarea");
       const action = KEYS[event.key];
       if (!action || typing || event.ctrlKey || event.metaKey || event.altKey) return;
       event.preventDefault();
@@ -125,15 +153,25 @@
 
   const countOn = () => {
     for (const element of document.querySelectorAll("[data-since]")) {
-      element.textContent = age(Date.now() / 1000 - Number(element.dataset.since));
+      const text = age(Date.now() / 1000 - Number(element.dataset.since));
+      if (element.textContent !== text) element.textContent = text;
     }
   };
   setInterval(countOn, 1000);
-  new MutationObserver(countOn).observe(document.documentElement, {
-    attributeFilter: ["data-since"],
-    subtree: true,
-    childList: false,
-  });
+
+  // -- whatever changes on the page -------------------------------------------------------------
+
+  // A picture drawn, zoomed or resized, a run's line replaced: all show as changed elements.
+  let due = false;
+  new MutationObserver(() => {
+    if (due) return;
+    due = true;
+    requestAnimationFrame(() => {
+      due = false;
+      countOn();
+      placeAll();
+    });
+  }).observe(document.documentElement, { childList: true, subtree: true });
 
   window.dash_clientside = Object.assign({}, window.dash_clientside, {
     lens: {

@@ -12,7 +12,7 @@ JSON values, and carries exactly the numbers it was given.
 """
 
 from .condition import condition_figure
-from .frame import Band, Curve, Grid, cursors, empty_figure
+from .frame import Band, Curve, Grid, empty_figure
 from .imbalance import imbalance_figure
 from .loss import Loss, loss_figure
 from .neurons import neurons_figure
@@ -27,7 +27,6 @@ __all__ = [
     "Loss",
     "Style",
     "condition_figure",
-    "cursors",
     "empty_figure",
     "faded",
     "imbalance_figure",

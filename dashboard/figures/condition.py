@@ -11,8 +11,8 @@ from .palette import faded
 
 TITLE = "Condition number"
 READING = (
-    "Strongest direction over weakest, median and 10–90 % over the matrices: 1 is a perfectly even "
-    "step, the tint is where Muon and NorMuon usually stay."
+    "Strongest over weakest direction, median and 10–90 % of the matrices: 1 is perfectly even, "
+    "tinted is usual for Muon and NorMuon."
 )
 
 HEALTHY = CATALOGUE["condition_number"].healthy["NorMuon"]

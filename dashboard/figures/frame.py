@@ -154,7 +154,8 @@ def axis(dark: bool, title: str = "", **more: Any) -> Figure:
 
 def log_axis(dark: bool, title: str) -> Figure:
     """Return a logarithmic axis labelled with whole numbers, not with their leading digits."""
-    return axis(dark, title, type="log", tickformat="~g")
+    # With more ticks Plotly writes all of 1 to 9 over short ranges, one over the other.
+    return axis(dark, title, type="log", tickformat="~g", nticks=5)
 
 
 def inner_legend(dark: bool, x: float, y: float) -> Figure:
@@ -225,18 +226,13 @@ def typed(values: np.ndarray) -> Mapping[str, str]:
 
 # -- shapes --------------------------------------------------------------------------------------
 
-CURSOR = "cursor"
-
 
 def cursor(step: int | None, dark: bool, panels: int = 1) -> list[Figure]:
-    """Return one vertical line a panel at the chosen step; invisible where none is chosen."""
+    """Return one vertical line a panel at the chosen step; none where none is chosen."""
+    if step is None:
+        return []
     line = {"color": theme(dark).ink, "width": 1.25}
-    return [
-        _across(
-            panel, "line", step or 0, step or 0, name=CURSOR, line=line, visible=step is not None
-        )
-        for panel in range(panels)
-    ]
+    return [_across(panel, "line", step, step, line=line) for panel in range(panels)]
 
 
 def dimmed(until: int, dark: bool, panels: int = 1) -> list[Figure]:
@@ -286,12 +282,6 @@ def remark(text: str, dark: bool, **place: Any) -> Figure:
     }
 
 
-def cursors(figure: Figure) -> int:
-    """Return how many cursors a figure has; they are the first of its shapes."""
-    shapes = figure["layout"].get("shapes", [])
-    return sum(shape.get("name") == CURSOR for shape in shapes)
-
-
 def _across(panel: int, kind: str, left: float, right: float, **more: Any) -> Figure:
     number = "" if panel == 0 else str(panel + 1)
     return {
@@ -310,6 +300,8 @@ def _across(panel: int, kind: str, left: float, right: float, **more: Any) -> Fi
 
 GAP = 0.022
 """Space between two heatmaps, as a share of the width."""
+LETTERS = 60
+"""Room for the names above the heatmaps; the whole name shows on hovering."""
 
 
 def heatmaps(
@@ -353,7 +345,9 @@ def heatmaps(
         shared: Figure = {"matches": "x"} if i else {}
         base[f"xaxis{number}"] = axis(
             dark,
-            "optimizer step",
+            "" if i else "optimizer step",
+            nticks=5,
+            tickangle=0,
             domain=[left, min(left + width, 1.0)],
             anchor=f"y{number}",
             showgrid=False,
@@ -382,7 +376,9 @@ def heatmaps(
                 "hovertemplate": hover,
             }
         )
-        key = f'<span style="color:{grid.style.colour}">▬</span> {name_of(grid.name)}'
+        room = LETTERS // len(grids)
+        name = grid.name if len(grid.name) <= room else f"{grid.name[: room - 1]}…"
+        key = f'<span style="color:{grid.style.colour}">▬</span> {name_of(name)}'
         titles.append(
             {
                 "text": key,

@@ -55,7 +55,7 @@ def imbalance_figure(
         named,
         dark=dark,
         y="",
-        hover="%{y}<br>step %{x}<br>CV %{z:.3f}<extra></extra>",
+        hover="%{fullData.name}<br>%{y}<br>step %{x}<br>CV %{z:.3f}<extra></extra>",
         colours=colours,
         until=until,
         step=step,

@@ -36,7 +36,7 @@ def timeline_figure(
         grids,
         dark=dark,
         y="neuron",
-        hover="neuron %{y}<br>step %{x}<br>%{z:.2f} × mean<extra></extra>",
+        hover="%{fullData.name}<br>neuron %{y}<br>step %{x}<br>%{z:.2f} × mean<extra></extra>",
         colours=colours,
         until=until,
         step=step,
