@@ -246,6 +246,8 @@ def redraw(store: Store, panel: Panel, view: View, drawn: dict[str, Any] | None)
     for part in ("shapes", "annotations", "coloraxis"):
         if part in figure["layout"]:
             change["layout"][part] = figure["layout"][part]
+    if "dtick" in figure["layout"].get("yaxis", {}):
+        change["layout"]["yaxis"]["dtick"] = figure["layout"]["yaxis"]["dtick"]
     return change, now
 
 

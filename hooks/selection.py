@@ -10,6 +10,7 @@ from fnmatch import fnmatchcase
 import torch
 
 from normuon_lens.errors import AttachError
+from normuon_lens.optim.groups import is_matrix
 from normuon_lens.runfile import Matrices, Matrix
 
 
@@ -69,7 +70,7 @@ def select(
     candidates = [
         (_display_name(name), parameter)
         for name, parameter in model.named_parameters()
-        if id(parameter) in owners and is_matrix(parameter)
+        if id(parameter) in owners and _is_recordable(parameter)
     ]
     if not candidates:
         kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
@@ -100,17 +101,14 @@ def select(
     return Matrices(matrices), watched
 
 
-def is_matrix(parameter: torch.Tensor) -> bool:
-    """Whether a parameter counts as a matrix: real, dense, more than one row and column."""
-    if not parameter.is_floating_point() or parameter.is_sparse or parameter.ndim < 2:
-        return False
-    m = parameter.shape[0]
-    return m > 1 and parameter.numel() // m > 1
-
-
 def matrix_view(parameter: torch.Tensor) -> torch.Tensor:
     """Return a parameter as (m, n): a convolution is (out_channels, rest)."""
     return parameter.detach().reshape(parameter.shape[0], -1)
+
+
+def _is_recordable(parameter: torch.Tensor) -> bool:
+    dense = parameter.is_floating_point() and parameter.layout == torch.strided
+    return dense and is_matrix(parameter)
 
 
 def _display_name(name: str) -> str:

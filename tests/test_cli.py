@@ -125,7 +125,7 @@ def test_check_finds_a_damaged_value_deep_inside(
     content = bytearray(path.read_bytes())
     content[chunk.byte_offset : chunk.byte_offset + chunk.size] = bytes(chunk.size)
     path.write_bytes(content)
-    expect_refusal(capsys, ("check", path), "neurons/update cannot be read")
+    expect_refusal(capsys, ("check", path), "x.h5: damaged", "neurons/update")
 
 
 def test_paths_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:

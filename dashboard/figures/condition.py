@@ -35,7 +35,8 @@ def condition_figure(
         Theme.
     """
     base = layout(dark, x="optimizer step", y="condition number")
-    base["yaxis"] = log_axis(dark, "condition number")
+    edges = [edge for one in bands for edge in (one.low, one.high)]
+    base["yaxis"] = log_axis(dark, "condition number", *edges)
     base["shapes"] = [*cursor(step, dark), *dimmed(until, dark), healthy_band(*HEALTHY, dark)]
     return {"data": [trace for one in bands for trace in _traces(one)], "layout": base}
 

@@ -152,10 +152,18 @@ def axis(dark: bool, title: str = "", **more: Any) -> Figure:
     }
 
 
-def log_axis(dark: bool, title: str) -> Figure:
-    """Return a logarithmic axis labelled with whole numbers, not with their leading digits."""
-    # With more ticks Plotly writes all of 1 to 9 over short ranges, one over the other.
-    return axis(dark, title, type="log", tickformat="~g", nticks=5)
+def log_axis(dark: bool, title: str, *values: np.ndarray) -> Figure:
+    """Return a logarithmic axis for `values` whose labels have room.
+
+    Left to itself, Plotly labels all of 1 to 9 over more than a decade, one over the other.
+    """
+    known = np.concatenate([np.empty(0), *values])
+    known = known[(known > 0) & np.isfinite(known)]
+    decades = float(np.log10(known.max() / known.min())) if known.size else 0.0
+    dtick: str | int = max(1, round(decades / 4))
+    if decades < 2:
+        dtick = "D1" if decades < 0.7 else "D2"  # every digit; 1, 2 and 5
+    return axis(dark, title, type="log", tickformat="~g", dtick=dtick)
 
 
 def inner_legend(dark: bool, x: float, y: float) -> Figure:

@@ -27,7 +27,7 @@ def spectrum_figure(curves: Sequence[Curve], *, dark: bool = False) -> Figure:
         Theme.
     """
     base = layout(dark, x="singular value, sorted", y="σ / σ₁")
-    base["yaxis"] = log_axis(dark, "σ / σ₁")
+    base["yaxis"] = log_axis(dark, "σ / σ₁", *(curve.y for curve in curves))
     # Sorted values fall from the top left: the bottom left is free.
     base["margin"] |= {"t": 18}
     base["legend"] = inner_legend(dark, x=0.01, y=0.01)
