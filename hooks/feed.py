@@ -171,7 +171,9 @@ class Feed:
         self._stderr.close()
 
     def _start_for(self, size: int) -> int:
-        """Position where a message of `size` may start: it never wraps around the ring's end."""
+        """Return where a message of `size` may start: it never wraps around the ring's end."""
+        if self._freed == self._written:
+            self._freed = self._written = 0  # empty: all of the ring is one piece again
         room = self._capacity - self._written % self._capacity
         return self._written if size <= room else self._written + room
 

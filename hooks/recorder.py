@@ -360,9 +360,9 @@ class Recorder:
     # -- life --------------------------------------------------------------------------------
 
     def _open(self, metadata: dict[str, Any], options: dict[str, Any]) -> tuple[Feed | None, int]:
-        sample = sum(4 * matrix.m * matrix.n for matrix in self._matrices)
+        sizes = [x.m * x.n * (8 if x.dtype == "float64" else 4) for x in self._matrices]
         least, most = RING_BYTES
-        largest = max(8 * matrix.m * matrix.n for matrix in self._matrices) + (1 << 20)
+        largest = max(sizes) + (1 << 20)
         header = {
             "path": str(self.path.absolute()),
             "metadata": metadata,
@@ -370,7 +370,7 @@ class Recorder:
             "options": options,
         }
         try:
-            feed = Feed(max(largest, min(most, max(least, 4 * sample))))
+            feed = Feed(max(largest, min(most, max(least, 4 * sum(sizes)))))
         except FeedLost as error:
             raise AttachError(str(error)) from None
         try:

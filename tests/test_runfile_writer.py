@@ -83,7 +83,9 @@ def test_every_small_segment_is_read_and_merged(tmp_path: Path) -> None:
     for step in range(1, 301):
         write_steps(writer, range(step, step + 1))
         writer.commit()
-    segments = Manifest.load(parts_of(path)).segments
+    manifest = Manifest.load(parts_of(path))
+    assert manifest
+    segments = manifest.segments
     # With the empty first one 301 = 1·256 + 2·16 + 13: a digit a level, as in base 16.
     assert [entry.level for entry in segments] == [2] + [1] * 2 + [0] * 13
     on_disk = {file.name for file in parts_of(path).glob("*.h5")}
@@ -127,6 +129,76 @@ def test_resumed_run_takes_the_later_record(tmp_path: Path) -> None:
     run = open_run(path)
     assert run.overlaps == 20, "both records are kept and counted"
     assert [event.kind for event in run.events] == ["resumed"]
+
+
+@pytest.mark.parametrize("stores", [("float16", "float32"), ("float32", "float16")])
+def test_training_resumed_with_another_store_loses_nothing(
+    stores: tuple[str, str], tmp_path: Path
+) -> None:
+    path = tmp_path / "x.h5"
+    for store, steps in zip(stores, (range(1, 7), range(7, 13)), strict=True):
+        writer = Writer(path, {}, TABLE, store=store, resume=True)
+        write_steps(writer, steps)
+        writer.close()
+    run = open_run(path)
+    assert run.update_steps("up").tolist() == [3, 6, 9, 12]
+    for step in (3, 6, 9, 12):
+        true = matrix_of(step, 0)
+        half_unit = 2.0**-11 if stores[step > 6] == "float16" else 0.0
+        error = np.abs(run.update("up", step) - true).max()
+        assert error <= np.abs(true).max() * half_unit
+
+
+def test_recording_killed_twice_goes_on_from_its_last_step(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    write_steps(writer := Writer(path, {}, TABLE), range(1, 21))
+    writer.dropped(3)
+    writer.commit()
+    for expected in (20, 20):
+        _let_the_writer_die(path)
+        writer = Writer(path, {}, TABLE, resume=True)  # and killed before its first step
+        assert writer.last_step == expected
+    write_steps(writer, range(21, 24))
+    writer.dropped(2)
+    writer.close()
+    expect_steps(path, list(range(1, 24)))
+    assert open_run(path).dropped == 5
+    writer = Writer(path, {}, TABLE, resume=True)
+    assert writer.last_step == 23
+    writer.close()
+    assert open_run(path).dropped == 5
+
+
+def test_middling_segments_are_merged_too(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    path = tmp_path / "x.h5"
+    monkeypatch.setattr("normuon_lens.runfile.writer.MERGE_LIMIT", limit := 60_000)
+    writer = Writer(path, {}, TABLE)
+    for step in range(1, 41):
+        write_steps(writer, range(step, step + 1))
+        writer.commit()
+    sizes = [file.stat().st_size for file in parts_of(path).glob("*.h5")]
+    assert limit // 16 < min(sizes), "sixteen of them would never have been merged by number"
+    assert sum(size <= limit // 2 for size in sizes) < 16
+    expect_steps(path, list(range(1, 41)))
+    writer.close()
+    expect_steps(path, list(range(1, 41)))
+
+
+def test_damage_to_an_old_segment_does_not_stop_the_recording(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    writer = Writer(path, {}, TABLE)
+    for step in range(1, 41):
+        write_steps(writer, range(step, step + 1))
+        writer.commit()
+        if step == 3:
+            manifest = Manifest.load(parts_of(path))
+            assert manifest
+            (parts_of(path) / manifest.segments[2].file).write_bytes(b"")
+    assert "kept in parts" in writer.close().remark
+    run = open_run(path)
+    assert run.steps.tolist() == [1, *range(3, 41)]
+    assert [damage.steps for damage in run.damaged] == [(2, 2)]
+    assert len(list(parts_of(path).glob("*.h5"))) < 30, "the rest is merged all the same"
 
 
 def test_float16_keeps_small_updates(tmp_path: Path) -> None:
@@ -213,6 +285,18 @@ def test_resuming_other_matrices_is_refused(tmp_path: Path) -> None:
     with pytest.raises(RunError, match="other matrices"):
         Writer(tmp_path / "x.h5", {}, Matrices([Matrix("a", 2, 2)]), resume=True)
     expect_steps(tmp_path / "x.h5", [1, 2, 3])
+    assert not parts_of(tmp_path / "x.h5").exists()
+
+
+def test_recording_that_cannot_begin_leaves_nothing(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    with monkeypatch.context() as patch:
+        patch.setattr(os, "fsync", _disk_full)
+        with pytest.raises(RunError, match="No space left"):
+            Writer(tmp_path / "x.h5", {}, TABLE)
+    assert list(tmp_path.iterdir()) == []
+    Writer(tmp_path / "x.h5", {}, TABLE).close()
 
 
 def test_file_that_appears_meanwhile_is_not_overwritten(tmp_path: Path) -> None:

@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+from contextlib import suppress
 from pathlib import Path
 from typing import Any
 
@@ -65,13 +66,12 @@ class Helper:
         if self._writer:
             self._writer.tick()
 
-    def finish(self, status: str, dropped: int = 0) -> dict[str, Any]:
+    def finish(self, status: str) -> dict[str, Any]:
         """Commit and pack; returns what was recorded."""
         if self._writer is None:
             return {}
         writer = self._writer
         self._end_samples(writer)
-        writer.dropped(dropped)
         closed = writer.close(status)
         self._writer = None
         return {"closed": {**closed._asdict(), "path": str(closed.path)}}
@@ -108,9 +108,11 @@ class Helper:
         if header["spectrum"]:
             sample = self._samples.setdefault((stage, step), Sample(self._matrices))
             noise = rounding_noise(values.shape, header["noise_norm"], header["noise_dtype"])
-            sigma, floor = singular_values(values, noise=noise)
-            sample.sigma[self._matrices.sigmas(i)] = sigma
-            sample.floor[i] = floor
+            # A spectrum that LAPACK cannot find stays NaN; the recording goes on.
+            with suppress(np.linalg.LinAlgError):
+                sigma, floor = singular_values(values, noise=noise)
+                sample.sigma[self._matrices.sigmas(i)] = sigma
+                sample.floor[i] = floor
             sample.weight_norm[i] = header["weight_norm"]
             sample.decay[i] = header["decay"]
         if header["keep"]:
@@ -124,7 +126,8 @@ class Helper:
         return {"flushed": message.header["ticket"]}
 
     def _on_close(self, message: Message) -> dict[str, Any]:
-        return self.finish(message.header["status"], message.header["dropped"])
+        self._open_writer.dropped(message.header["dropped"])
+        return self.finish(message.header["status"])
 
     @property
     def _open_writer(self) -> Writer:
@@ -201,10 +204,9 @@ def _read_exactly(size: int) -> bytes | None:
 
 
 def _answer(**answer: Any) -> None:
-    try:
+    # When nobody listens any more, the recording goes on to its end.
+    with suppress(BrokenPipeError):
         os.write(1, json.dumps(answer).encode() + b"\n")
-    except BrokenPipeError:
-        pass  # nobody listens any more; the recording goes on to its end
 
 
 if __name__ == "__main__":

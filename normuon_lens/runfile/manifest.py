@@ -11,7 +11,8 @@ import os
 import socket
 import time
 from collections.abc import Mapping
-from dataclasses import asdict, dataclass, field
+from contextlib import suppress
+from dataclasses import asdict, astuple, dataclass, field
 from pathlib import Path
 from typing import Any
 
@@ -67,15 +68,23 @@ class Manifest:
         write_durably(folder / NAME, json.dumps(content, indent=1).encode())
 
     @classmethod
-    def load(cls, folder: Path) -> Manifest:
-        """Read ``manifest.json``; RunError when it is missing, damaged or newer than this code."""
+    def load(cls, folder: Path) -> Manifest | None:
+        """Read ``manifest.json``, None if there is none.
+
+        Raises
+        ------
+        RunError
+            When it is damaged or newer than this code.
+        """
         path = folder / NAME
         try:
             content = json.loads(path.read_bytes())
             return cls._from_json(content, path)
+        except (FileNotFoundError, NotADirectoryError):
+            return None
         except OSError as error:
             raise RunError(f"{path}: {error.strerror or error}") from None
-        except (ValueError, TypeError, KeyError, AttributeError):
+        except (ValueError, TypeError, KeyError, AttributeError, ArithmeticError, RecursionError):
             raise RunError(f"{path}: damaged, it is no list of segments") from None
 
     @classmethod
@@ -83,8 +92,13 @@ class Manifest:
         if content["format"] != FORMAT or int(content["schema"]) > SCHEMA:
             raise RunError(f"{path}: not a recording that this version can read")
         segments = [Entry(**entry) for entry in content["segments"]]
+        if any(type(value) is not int for entry in segments for value in astuple(entry)[1:]):
+            raise ValueError
         if any("/" in entry.file or entry.file.startswith(".") for entry in segments):
             raise RunError(f"{path}: refused, it names a segment outside its folder")
+        # Its order is the order of recording, so a name that comes twice would be no order.
+        if len({entry.file for entry in segments}) < len(segments):
+            raise ValueError
         return cls(
             status=str(content["status"]),
             segments=segments,
@@ -103,12 +117,17 @@ class Manifest:
 
 def process_lives(pid: int) -> bool:
     """Tell whether a process with this id runs on this machine."""
+    if pid <= 0:
+        return False  # to kill(2) a group of processes
     try:
         os.kill(pid, 0)
-    except ProcessLookupError:
-        return False
     except PermissionError:
         return True
+    except (ProcessLookupError, OverflowError):
+        return False
+    # Containers often lack an init that buries the dead.
+    with suppress(OSError):
+        return Path(f"/proc/{pid}/stat").read_bytes().rpartition(b") ")[2][:1] != b"Z"
     return True
 
 
@@ -121,9 +140,22 @@ def write_durably(path: Path, content: bytes) -> None:
     try:
         with temporary.open("wb") as file:
             file.write(content)
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(temporary, path)
+        replace_durably(temporary, path)
     except OSError:
         temporary.unlink(missing_ok=True)
         raise
+
+
+def replace_durably(temporary: Path, path: Path) -> None:
+    """Fsync a finished file, rename it to `path`, and fsync the folder that names it."""
+    _fsync(temporary)
+    os.replace(temporary, path)
+    _fsync(path.parent)
+
+
+def _fsync(path: Path) -> None:
+    descriptor = os.open(path, os.O_RDONLY)
+    try:
+        os.fsync(descriptor)
+    finally:
+        os.close(descriptor)

@@ -9,6 +9,7 @@ from __future__ import annotations
 
 import difflib
 import html
+import stat
 from collections.abc import Iterable
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -17,10 +18,15 @@ import h5py
 import numpy as np
 
 from normuon_lens.errors import RunError
-from normuon_lens.runfile.guard import open_guarded
+from normuon_lens.runfile.guard import damage, open_guarded
 from normuon_lens.runfile.manifest import FINISHED, INTERRUPTED, NAME, RECORDING, Manifest
 from normuon_lens.runfile.schema import STAGES, Event, Matrices, parts_of
-from normuon_lens.runfile.segment import read_matrices, read_metadata, read_segment
+from normuon_lens.runfile.segment import (
+    check_layout,
+    read_matrices,
+    read_metadata,
+    read_segment,
+)
 
 
 class Spectra(NamedTuple):
@@ -60,58 +66,31 @@ class _Source:
     def __init__(self, path: Path) -> None:
         self.path = path
         self._file = open_guarded(path)
-        self.metadata = read_metadata(self._file)
-        self.matrices = read_matrices(self._file)
-        segment = read_segment(self._file)
-        self.status = bytes(self._file.attrs.get("status", FINISHED.encode())).decode()
-        self.dropped = int(self._file.attrs.get("dropped", 0))
+        with damage(path):
+            self.metadata = read_metadata(self._file)
+            self.matrices = read_matrices(self._file)
+            segment = read_segment(self._file)
+            check_layout(segment, self.matrices)
+            self.status = bytes(self._file.attrs.get("status", FINISHED.encode())).decode()
+            self.dropped = int(self._file.attrs.get("dropped", 0))
+            # Everything short: indices, floors and norms; never neurons, sigma or matrices.
+            self.index = {
+                name: array[()]
+                for name, array in segment.arrays.items()
+                if array.ndim == 1 or name.endswith(("/floor", "/weight_norm", "/decay"))
+            }
         self.events = segment.events
         self.scalars = segment.scalars
         self.paths = set(segment.arrays)
-        # Everything short: indices, floors and norms; never neurons, sigma or matrices.
-        self.index = {
-            name: array[()]
-            for name, array in segment.arrays.items()
-            if array.ndim == 1 or name.endswith(("/floor", "/weight_norm", "/decay"))
-        }
-        self._check_shapes(segment.arrays)
 
     @property
     def rows(self) -> int:
         return len(self.index["steps/step"])
 
-    def _check_shapes(self, arrays: dict[str, Any]) -> None:
-        """A file may lie about its shapes; what does not fit the table is damage."""
-        rows, table = self.rows, self.matrices
-        for name, array in arrays.items():
-            kind, *rest = name.split("/")
-            if kind == "steps":
-                expected = (rows,)
-            elif kind == "neurons":
-                expected = (rows, table.total_rows)
-            elif kind == "spectra":
-                samples = len(self.index[f"spectra/{rest[0]}/step"])
-                width = {"step": (), "sigma": (table.total_sigmas,)}.get(rest[1], (len(table),))
-                expected = (samples, *width)
-            else:
-                number, _, field = rest[1].partition("_")
-                records = len(self.index[f"updates/{rest[0]}/{number}_step"])
-                matrix = table[int(number)]
-                expected = (records,) if field else (records, matrix.m, matrix.n)
-            if array.shape != expected:
-                raise RunError(
-                    f"{self.path}: damaged, {name} has shape {array.shape}, expected {expected}"
-                )
-        if any(len(values) != rows for values in self.scalars.values()):
-            raise RunError(f"{self.path}: damaged, the scalars have not {rows} rows")
-
     def read(self, path: str, at: tuple[Any, ...]) -> np.ndarray:
         """Read part of a dataset; RunError when the disk or the file refuses."""
-        try:
+        with damage(self.path, path):
             values: np.ndarray = self._file[path][at]
-        except (OSError, KeyError, RuntimeError) as error:
-            reason = " ".join(str(error).split())
-            raise RunError(f"{self.path}: damaged, {path} cannot be read ({reason})") from None
         return values
 
 
@@ -220,6 +199,7 @@ class Run:
 
     def __init__(self, path: Path) -> None:
         self.path = path
+        self.status = RECORDING
         self.damaged: list[Damage] = []
         self._sources: list[_Source] = []
         self._stamp: object = None
@@ -322,8 +302,9 @@ class Run:
             If the step was not sampled; the message names the nearest that was.
         """
         i = self._index_of(matrix)
-        place = self._place_of(f"spectra/{stage}/step", step, f"spectrum of {matrix}")
-        return self._gather(f"spectra/{stage}/sigma", [place], self.table.sigmas(i))[0]
+        place = self._place_of(f"spectra/{stage}/step", step, f"spectrum of {matrix!r}")
+        sigma: np.ndarray = self._gather(f"spectra/{stage}/sigma", [place], self.table.sigmas(i))[0]
+        return sigma
 
     def update_steps(self, matrix: str, stage: str = "update") -> np.ndarray:
         """Return the steps (Tm,) at which the full matrix was kept, ascending."""
@@ -338,7 +319,7 @@ class Run:
             If it was not kept at this step; the message names the nearest that was.
         """
         path = f"updates/{stage}/{self._index_of(matrix):03d}"
-        source, row = self._place_of(f"{path}_step", step, f"full matrix of {matrix}")
+        source, row = self._place_of(f"{path}_step", step, f"full matrix of {matrix!r}")
         values = source.read(path, (row,)).astype(np.float32)
         if f"{path}_scale" in source.index:
             values *= source.index[f"{path}_scale"][row]
@@ -359,21 +340,16 @@ class Run:
         RunError
             If the recording is gone, or nothing in it can be read.
         """
-        stamp = self._look()
-        if stamp == self._stamp:
-            alive = self._manifest.writer_lives() if self._manifest else False
-            if self.status == RECORDING and not alive:
-                self.status = INTERRUPTED
+        known = {source.path: source for source in self._sources if source.path != self.path}
+        while (stamp := self._look()) != self._stamp:
+            if self._load(known):
+                self._stamp = stamp
                 return True
-            return False
-        for attempt in range(3):
-            try:
-                self._load(last=attempt == 2)
-                break
-            except _Vanished:
-                continue  # segments were merged or packed between the list and the reading
-        self._stamp = stamp
-        return True
+        alive = self._manifest.writer_lives() if self._manifest else False
+        if self.status == RECORDING and not alive:
+            self.status = INTERRUPTED
+            return True
+        return False
 
     def __repr__(self) -> str:
         span = f"steps {self.steps[0]}…{self.steps[-1]}" if len(self.steps) else "no steps"
@@ -402,11 +378,13 @@ class Run:
 
     def _look(self) -> object:
         """Return what changes when the recording does: the stamps of its file and manifest."""
-        stamps = []
+        stamps: list[tuple[int, int, int] | None] = []
         for path in (self.path, parts_of(self.path) / NAME):
             try:
-                stat = path.stat()
-                stamps.append((stat.st_ino, stat.st_mtime_ns, stat.st_size))
+                found = path.stat()
+                if not stat.S_ISREG(found.st_mode):
+                    raise RunError(f"{path}: not a file")
+                stamps.append((found.st_ino, found.st_mtime_ns, found.st_size))
             except (FileNotFoundError, NotADirectoryError):
                 stamps.append(None)
             except OSError as error:
@@ -417,39 +395,48 @@ class Run:
             raise RunError(f"{self.path}: no such recording")
         return tuple(stamps)
 
-    def _load(self, last: bool) -> None:
-        parts = parts_of(self.path)
+    def _load(self, known: dict[Path, _Source]) -> bool:
+        """Read the list of files and those that are not `known` yet, which is added to.
+
+        Returns
+        -------
+        bool
+            False when the list was out of date before all of it was read: files were merged or
+            packed meanwhile.
+        """
         # Order matters: packing replaces the file first and removes the parts afterwards.
-        self._manifest = Manifest.load(parts) if (parts / NAME).exists() else None
+        manifest = Manifest.load(parts_of(self.path))
         files: list[tuple[Path, tuple[int, int] | None]] = []
         if self.path.exists():
             files.append((self.path, None))
-        for entry in self._manifest.segments if self._manifest else []:
-            files.append((parts / entry.file, (entry.first, entry.last)))
-        known = {source.path: source for source in self._sources if source.path != self.path}
-        sources, damaged = [], []
+        for entry in manifest.segments if manifest else []:
+            files.append((parts_of(self.path) / entry.file, (entry.first, entry.last)))
+        sources: list[_Source] = []
+        damaged: list[Damage] = []
         for path, steps in files:
-            if path in known:
-                sources.append(known[path])
-                continue
             try:
-                sources.append(_Source(path))
-            except (RunError, OSError, KeyError, ValueError, TypeError, RuntimeError) as error:
-                if not path.exists() and not last:
-                    raise _Vanished from None
-                reason = str(error).removeprefix(f"{path}: ")
-                damaged.append(Damage(path, steps, " ".join(reason.split())))
-        sources = self._of_one_run(sources, damaged)
+                source = known.get(path) or _Source(path)
+                if sources and source.matrices != sources[0].matrices:
+                    raise RunError("its matrices are not this run's")
+            except RunError as error:
+                if not path.exists() and not self._lists(path):
+                    return False
+                damaged.append(Damage(path, steps, str(error).removeprefix(f"{path}: ")))
+                continue
+            sources.append(source)
+            if path != self.path:
+                known[path] = source
+        if not sources and not manifest and not damaged:
+            return False
         if not sources and damaged:
             raise RunError(f"{damaged[0].path}: {damaged[0].reason}")
-        self._sources, self.damaged = sources, damaged
+        self._manifest, self._sources, self.damaged = manifest, sources, damaged
         self._adopt()
+        return True
 
-    def _of_one_run(self, sources: list[_Source], damaged: list[Damage]) -> list[_Source]:
-        for source in [s for s in sources if s.matrices != sources[0].matrices]:
-            sources.remove(source)
-            damaged.append(Damage(source.path, None, "its matrices are not this run's"))
-        return sources
+    def _lists(self, path: Path) -> bool:
+        manifest = Manifest.load(parts_of(self.path))
+        return any(entry.file == path.name for entry in manifest.segments) if manifest else False
 
     def _adopt(self) -> None:
         """Derive the merged view: every step once, in order, from the last file that has it."""
@@ -487,7 +474,7 @@ class Run:
             return self.table.index(matrix)
         except KeyError:
             close = difflib.get_close_matches(str(matrix), self.matrices, 3, 0.3)
-            hint = f"; did you mean {', '.join(close)}?" if close else ""
+            hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
             raise RunError(f"{self.path}: no matrix {matrix!r}{hint}") from None
 
     def _spectra(self, stage: str, sigmas: slice, matrices: Any, after: int) -> Spectra:
@@ -561,10 +548,6 @@ class Run:
                 block = source.read(path, (slice(low, max(wanted) + 1), column))
             read.update({(source, row): block[row - low] for row in wanted})
         return np.array([read[place] for place in places])
-
-
-class _Vanished(Exception):
-    """A listed file is gone: the list that named it is out of date."""
 
 
 def _each_once(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

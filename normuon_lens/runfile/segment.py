@@ -8,6 +8,7 @@ memory or datasets of an open file, which are copied piece by piece.
 from __future__ import annotations
 
 import json
+import re
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -29,8 +30,14 @@ from normuon_lens.runfile.schema import (
 PIECE_BYTES = 32 << 20
 """Bytes copied at a time when segments are merged."""
 
+MAX_SIDE = 2**31
+"""Rows or columns of a matrix: far beyond any, and no sum of them overflows."""
+
 MATRIX_CHUNK_BYTES = 64 << 20
 """A stored matrix is one chunk a step, unless it is larger than this."""
+
+UPDATE_FIELD = re.compile(r"\d{3,6}(_step|_scale)?", re.ASCII)
+"""Datasets of one ``/updates/<stage>``: (Tm, m, n), then (Tm,) each; the number is the matrix."""
 
 SAMPLE_FIELDS = ("step", "sigma", "floor", "weight_norm", "decay")
 """Datasets of one ``/spectra/<stage>``: (Ts,), (Ts, Σk), then (Ts, M) each."""
@@ -106,52 +113,113 @@ def write_segment(
 
 
 def read_segment(file: h5py.File) -> Segment:
-    """Return the records of an open segment; arrays are its datasets, read when sliced."""
-    segment = Segment()
-    for name in ("step", "time", "void"):
-        segment.arrays[f"steps/{name}"] = file["steps"][name]
-    names = plain_strings(file["steps/scalar_names"][()])
-    table = file["steps/scalars"][()]
-    segment.scalars = {name: table[:, i] for i, name in enumerate(names)}
+    """Return the records of an open segment; arrays are its datasets, read when sliced.
+
+    Raises
+    ------
+    ValueError
+        If a dataset is missing. Their shapes and types are as the file says: see
+        :func:`check_layout`.
+    """
+    paths = [f"steps/{name}" for name in ("step", "time", "void")]
     for stage in STAGES:
         if f"neurons/{stage}" in file:
-            segment.arrays[f"neurons/{stage}"] = file[f"neurons/{stage}"]
-        for kind in ("spectra", "updates"):
-            if f"{kind}/{stage}" in file:
-                for name, dataset in file[f"{kind}/{stage}"].items():
-                    segment.arrays[f"{kind}/{stage}/{name}"] = dataset
+            paths.append(f"neurons/{stage}")
+        if f"spectra/{stage}" in file:
+            paths += [f"spectra/{stage}/{name}" for name in SAMPLE_FIELDS]
+        if f"updates/{stage}" in file:
+            known = [name for name in file[f"updates/{stage}"] if UPDATE_FIELD.fullmatch(name)]
+            paths += [f"updates/{stage}/{name}" for name in known]
+    segment = Segment(arrays={path: _dataset(file, path) for path in paths})
+    names = _strings(file, "steps/scalar_names")
+    table = _dataset(file, "steps/scalars")
+    if table.shape != (segment.rows, len(names)) or table.dtype.kind != "f":
+        raise ValueError("steps/scalars does not fit the steps")
+    segment.scalars = dict(zip(names, table[()].T, strict=True))
     if "events" in file:
-        group = file["events"]
-        segment.events = [
-            Event(int(step), kind, text)
-            for step, kind, text in zip(
-                group["step"][()],
-                plain_strings(group["kind"][()]),
-                plain_strings(group["text"][()]),
-                strict=True,
-            )
-        ]
+        steps = _whole_numbers(file, "events/step")
+        kinds, texts = _strings(file, "events/kind"), _strings(file, "events/text")
+        segment.events = [Event(*event) for event in zip(steps, kinds, texts, strict=True)]
     return segment
 
 
+def check_layout(segment: Segment, matrices: Matrices) -> None:
+    """Hold the shapes and types of a segment against its steps and its table of matrices.
+
+    Raises
+    ------
+    ValueError
+        If something does not fit; the message names it.
+    """
+    for path, array in segment.arrays.items():
+        kind, *rest = path.split("/")
+        shape: tuple[int, ...]
+        if kind == "steps":
+            shape = (segment.rows,)
+        elif kind == "neurons":
+            shape = (segment.rows, matrices.total_rows)
+        elif kind == "spectra":
+            records = len(segment.arrays[f"spectra/{rest[0]}/step"])
+            width = {"step": (), "sigma": (matrices.total_sigmas,)}
+            shape = (records, *width.get(rest[1], (len(matrices),)))
+        else:
+            number, _, field_name = rest[1].partition("_")
+            of_matrix = f"updates/{rest[0]}/{number}"
+            if {of_matrix, f"{of_matrix}_step"} - set(segment.arrays):
+                raise ValueError(f"{of_matrix} or its steps are missing")
+            if int(number) >= len(matrices):
+                raise ValueError(f"{path} is of no matrix of the table")
+            records, matrix = len(segment.arrays[f"{of_matrix}_step"]), matrices[int(number)]
+            shape = (records,) if field_name else (records, matrix.m, matrix.n)
+        whole = path.endswith(("step", "void"))
+        if array.shape != shape or array.dtype.kind not in ("iu" if whole else "f"):
+            raise ValueError(
+                f"{path} is {array.dtype} of shape {array.shape}, "
+                f"expected {'whole' if whole else 'float'} numbers of shape {shape}"
+            )
+
+
 def read_matrices(file: h5py.File) -> Matrices:
-    """Return the table of matrices of an open segment."""
-    group = file["matrices"]
-    columns = zip(
-        plain_strings(group["name"][()]),
-        group["m"][()].tolist(),
-        group["n"][()].tolist(),
-        plain_strings(group["dtype"][()]),
-        group["group"][()].tolist(),
-        strict=True,
-    )
-    return Matrices([Matrix(*row) for row in columns])
+    """Return the table of matrices of an open segment; ValueError when it contradicts itself."""
+    m, n = _whole_numbers(file, "matrices/m"), _whole_numbers(file, "matrices/n")
+    groups, offsets = (_whole_numbers(file, f"matrices/{name}") for name in ("group", "row_offset"))
+    if not all(0 < side < MAX_SIDE for side in m + n):
+        raise ValueError("a matrix has an impossible shape")
+    names, dtypes = _strings(file, "matrices/name"), _strings(file, "matrices/dtype")
+    table = Matrices([Matrix(*row) for row in zip(names, m, n, dtypes, groups, strict=True)])
+    if offsets != [table.rows(i).start for i in range(len(table))]:
+        raise ValueError("the rows of its matrices do not follow each other")
+    return table
 
 
 def read_metadata(file: h5py.File) -> dict[str, Any]:
     """Return the run's metadata of an open segment."""
-    metadata: dict[str, Any] = json.loads(bytes(file.attrs["run"]))
+    metadata = json.loads(bytes(file.attrs["run"]))
+    if not isinstance(metadata, dict):
+        raise ValueError("its metadata is no table of names and values")
     return metadata
+
+
+def _dataset(file: h5py.File, path: str) -> h5py.Dataset:
+    found = file.get(path)
+    if not isinstance(found, h5py.Dataset):
+        raise ValueError(f"it has no dataset {path}")
+    return found
+
+
+def _whole_numbers(file: h5py.File, path: str) -> list[int]:
+    stored = _dataset(file, path)
+    if stored.dtype.kind not in "iu" or stored.ndim != 1:
+        raise ValueError(f"{path} is no list of whole numbers")
+    numbers: list[int] = stored[()].tolist()
+    return numbers
+
+
+def _strings(file: h5py.File, path: str) -> list[str]:
+    stored = _dataset(file, path)
+    if stored.dtype.kind != "S" or stored.ndim != 1:
+        raise ValueError(f"{path} is no list of texts")
+    return plain_strings(stored[()])
 
 
 def _write_matrices(group: h5py.Group, matrices: Matrices) -> None:
@@ -188,9 +256,11 @@ def _concatenate(
     blocks = [block for block in blocks if block is not None]
     rows = sum(len(block) for block in blocks)
     shape = (rows, *blocks[0].shape[1:])
-    chunks = _chunks(path, shape, blocks[0].dtype.itemsize, packed)
+    # A training resumed with another `store` has float16 and float32: nothing may be lost.
+    dtype = np.result_type(*{block.dtype for block in blocks})
+    chunks = _chunks(path, shape, dtype.itemsize, packed)
     dataset = file.create_dataset(
-        path, shape, dtype=blocks[0].dtype, chunks=chunks, **(filters if chunks else {})
+        path, shape, dtype=dtype, chunks=chunks, **(filters if chunks else {})
     )
     start = 0
     for block in blocks:
@@ -203,6 +273,9 @@ def _block(segment: Segment, path: str, segments: Sequence[Segment]) -> Any:
     """Return a segment's records at `path`: NaN rows where one had a stage the other had not."""
     if path in segment.arrays:
         return segment.arrays[path]
+    matrix, scale, _ = path.rpartition("_scale")
+    if scale and matrix in segment.arrays:
+        return np.ones(len(segment.arrays[matrix]), dtype=np.float32)
     if not path.startswith("neurons/"):
         return None
     like = next(other.arrays[path] for other in segments if path in other.arrays)

@@ -20,15 +20,15 @@ import h5py
 import numpy as np
 
 from normuon_lens.errors import RunError
-from normuon_lens.runfile.guard import open_guarded
+from normuon_lens.runfile.guard import damage, open_guarded
 from normuon_lens.runfile.manifest import (
     FINISHED,
     Entry,
     Manifest,
     process_lives,
+    replace_durably,
     write_durably,
 )
-from normuon_lens.runfile.manifest import NAME as MANIFEST
 from normuon_lens.runfile.schema import LIBVER, Event, Matrices, parts_of, to_json
 from normuon_lens.runfile.segment import Segment, read_matrices, read_segment, write_segment
 
@@ -37,7 +37,8 @@ COMMIT_BYTES = 16 << 20
 MERGE_FAN_IN = 16
 """As many neighbouring segments of one level become one of the next."""
 MERGE_LIMIT = 64 << 20
-"""Segments beyond this many bytes are left as they are."""
+"""Fewer are merged as soon as they exceed this many bytes; beyond half of it a segment is left as
+it is. So no recording has more files than its bytes over half of this, and some."""
 PACK_LIMIT = 16 << 30
 """A recording beyond this many bytes stays in parts on close."""
 
@@ -107,6 +108,7 @@ class Writer:
         self._token = uuid.uuid4().hex[:8]
         self._count = 0
         self.last_step = 0
+        self._dropped_before = 0
         self._clear()
         try:
             self._manifest = self._claim()
@@ -115,6 +117,7 @@ class Writer:
             # A first segment without steps: readers know the run and its matrices from the start.
             self._commit()
         except OSError as error:
+            self._unlock()
             raise RunError(
                 f"{path}: cannot record there ({error.strerror or error}); "
                 "choose a folder that can be written"
@@ -203,8 +206,8 @@ class Writer:
         self._events.append(Event(step, kind, text))
 
     def dropped(self, samples: int) -> None:
-        """Set how many samples were lost so far because recording could not keep up."""
-        self._manifest.dropped = samples
+        """Set how many samples were lost since this writer began: recording could not keep up."""
+        self._manifest.dropped = self._dropped_before + samples
 
     # -- commits -----------------------------------------------------------------------------
 
@@ -268,6 +271,7 @@ class Writer:
     def _unlock(self) -> None:
         with suppress(OSError):
             (self._parts / "lock").unlink(missing_ok=True)
+            self._parts.rmdir()  # only if nothing was recorded
 
     def _claim(self) -> Manifest:
         """Create or take over the folder of parts; never an existing recording by accident."""
@@ -278,17 +282,14 @@ class Writer:
                 f"{path}: exists already; choose another path, delete it, "
                 "or append with resume=True"
             )
-        manifest = None
         if parts.exists():
             self._take_over()
-            manifest = Manifest.load(parts) if (parts / MANIFEST).exists() else None
-        else:
-            parts.mkdir()
+        manifest = Manifest.load(parts)
         self._continue(manifest)
+        parts.mkdir(exist_ok=True)
         self._lock()
-        if manifest is None:
-            return Manifest()
-        return Manifest(segments=manifest.segments, dropped=manifest.dropped)
+        segments = manifest.segments if manifest else []
+        return Manifest(segments=segments, dropped=self._dropped_before)
 
     def _take_over(self) -> None:
         lock = self._parts / "lock"
@@ -316,18 +317,25 @@ class Writer:
             raise RunError(f"{self.path}: another process records there just now") from None
 
     def _continue(self, manifest: Manifest | None) -> None:
-        """Check that what is there is a recording of these matrices; learn its last step."""
-        files = [self._parts / entry.file for entry in manifest.segments] if manifest else []
+        """Check that what is there is a recording of these matrices; learn how far it came."""
         if self.path.exists():
-            files.insert(0, self.path)
-        for file in files[-1:]:
-            with open_guarded(file) as opened:
-                if read_matrices(opened) != self._matrices:
-                    raise RunError(
-                        f"{self.path}: a recording of other matrices; choose another path"
-                    )
-                steps = opened["steps/step"]
+            with open_guarded(self.path) as file, damage(self.path):
+                self._check_matrices(file)
+                steps = file["steps/step"]
                 self.last_step = int(steps[-1]) if len(steps) else 0
+                self._dropped_before = int(file.attrs.get("dropped", 0))
+        if manifest is None:
+            return
+        self._dropped_before = manifest.dropped
+        recorded = [entry.last for entry in manifest.segments if entry.rows]
+        self.last_step = recorded[-1] if recorded else self.last_step
+        for path in [self._parts / entry.file for entry in manifest.segments[-1:]]:
+            with open_guarded(path) as file, damage(path):
+                self._check_matrices(file)
+
+    def _check_matrices(self, file: h5py.File) -> None:
+        if read_matrices(file) != self._matrices:
+            raise RunError(f"{self.path}: a recording of other matrices; choose another path")
 
     def _clear(self) -> None:
         self._steps: list[tuple[int, float, bool]] = []
@@ -375,23 +383,33 @@ class Writer:
         return Entry(name, rows, first, last, len(image), level)
 
     def _merge(self) -> None:
-        """Merge the last MERGE_FAN_IN segments of one level while there are so many."""
-        while True:
-            tail = self._manifest.segments[-MERGE_FAN_IN:]
-            if len(tail) < MERGE_FAN_IN or len({entry.level for entry in tail}) > 1:
+        """Merge the newest segments while they are many or large together."""
+        while tail := self._mergeable():
+            try:
+                with ExitStack() as stack:
+                    files = [stack.enter_context(self._open(entry)) for entry in tail]
+                    image = self._image([read_segment(file) for file in files])
+                steps = [step for entry in tail if entry.rows for step in (entry.first, entry.last)]
+                rows = sum(entry.rows for entry in tail)
+                merged = self._add(image, rows, steps, tail[0].level + 1)
+            except Exception:
+                # Somebody damaged an old segment: its own loss, not that of what is yet to come.
                 return
-            if sum(entry.bytes for entry in tail) > MERGE_LIMIT:
-                return
-            with ExitStack() as stack:
-                files = [stack.enter_context(self._open(entry)) for entry in tail]
-                image = self._image([read_segment(file) for file in files])
-            steps = [step for entry in tail if entry.rows for step in (entry.first, entry.last)]
-            rows = sum(entry.rows for entry in tail)
-            merged = self._add(image, rows, steps, tail[0].level + 1)
-            self._manifest.segments[-MERGE_FAN_IN:] = [merged]
+            self._manifest.segments[-len(tail) :] = [merged]
             self._manifest.save(self._parts)
             for entry in tail:
                 (self._parts / entry.file).unlink(missing_ok=True)
+
+    def _mergeable(self) -> list[Entry]:
+        """Return the newest segments of one level if they are to become one, else nothing."""
+        tail: list[Entry] = []
+        for entry in reversed(self._manifest.segments):
+            if entry.bytes > MERGE_LIMIT // 2 or entry.level != self._manifest.segments[-1].level:
+                break
+            tail.insert(0, entry)
+            if len(tail) == MERGE_FAN_IN or sum(entry.bytes for entry in tail) > MERGE_LIMIT:
+                return tail
+        return []
 
     def _open(self, entry: Entry) -> h5py.File:
         return h5py.File(self._parts / entry.file, "r", locking=False)
@@ -410,7 +428,7 @@ class Writer:
             return f"kept in parts: somebody else created {self.path} meanwhile"
         try:
             self._write_packed(status)
-        except (OSError, RuntimeError, RunError) as error:
+        except Exception as error:  # a damaged segment may raise anything; the parts are kept
             return f"kept in parts: {' '.join(str(error).split())}"
         shutil.rmtree(self._parts, ignore_errors=True)
         return ""
@@ -429,9 +447,7 @@ class Writer:
             packed.attrs["status"] = np.bytes_(status)
             packed.attrs["dropped"] = self._manifest.dropped
             packed.flush()
-        with temporary.open("rb") as file:
-            os.fsync(file.fileno())
-        os.replace(temporary, self.path)
+        replace_durably(temporary, self.path)
         # Killed right here, the same steps lie in both places; a reader takes each step once.
         Manifest(status=status).save(self._parts)
 
