@@ -13,7 +13,7 @@ help:
 	@echo "make demo     set up, train three optimizers side by side, watch them in the browser"
 	@echo "make test     set up, then lint, check types and run all tests (installs Chromium)"
 	@echo "make samples  record sample_runs/*.h5 anew"
-	@echo "make benchmarks   measure what recording costs, side by side"
+	@echo "make benchmarks   measure what recording costs, side by side (ten minutes)"
 	@echo "make clean    remove what these commands made"
 
 demo: $(VENV)/ready

@@ -208,7 +208,8 @@ class Store:
     Raises
     ------
     RunError
-        If a path does not exist, or a folder holds no recording, unless `wait`.
+        If a path does not exist, or a folder holds no recording, unless `wait`; if a file that
+        is named cannot be read.
 
     Attributes
     ----------
@@ -227,6 +228,10 @@ class Store:
         self._others: dict[str, int] = {}
         self.version = next(_changes)
         self.refresh()
+        # What was named must be readable; what lies in a folder is shown with its reason.
+        for path in self._files:
+            if self._entries[path].error:
+                raise RunError(self._entries[path].error)
 
     @property
     def entries(self) -> list[Entry]:

@@ -73,6 +73,18 @@ def test_nothing_to_show_is_refused_in_one_line(path, why, tmp_path, capsys):
     assert error.count("\n") == 1
 
 
+def test_a_named_file_that_is_no_run_is_refused_in_one_line(tmp_path, capsys):
+    whole = made_up_run(tmp_path / "a.h5", steps=2).path.read_bytes()
+    (tmp_path / "text.h5").write_text("not HDF5")
+    (tmp_path / "half.h5").write_bytes(whole[: len(whole) // 2])
+    for name, why in (("text.h5", "not a readable HDF5 file"), ("half.h5", "truncated")):
+        paths = [str(tmp_path / "a.h5"), str(tmp_path / name)]
+        assert main(["dashboard", *paths, "--no-browser"]) == 2
+        error = capsys.readouterr().err
+        assert f"{name}: {why}" in error
+        assert error.count("\n") == 1
+
+
 @pytest.mark.parametrize("host", ["127.0.0.1:8050", "localhost", "LOCALHOST:1", "[::1]:8050"])
 def test_own_names_are_let_in(host):
     status, headers = ask(guard(page, "127.0.0.1"), host)
