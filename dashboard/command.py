@@ -32,7 +32,7 @@ import click
 def dashboard(
     paths: tuple[Path, ...], port: int | None, host: str, no_browser: bool, wait: bool
 ) -> None:
-    """Look at runs in the browser, live while they are recorded.
+    """Look at runs in the browser, live or afterwards.
 
     PATH is a run file, or a folder of them: folders are watched, and runs that appear there appear
     on the page. Everything stays on this machine. Ctrl-C ends it.

@@ -10,6 +10,11 @@
             lens.log(loss=loss)
 """
 
+# ruff: noqa: E402, the imports below need torch
+from normuon_lens.extras import require
+
+require("torch", "torch")
+
 from .recorder import Recorder, attach
 
 __all__ = ["Recorder", "attach"]

@@ -6,7 +6,7 @@ from pathlib import Path
 
 import click
 
-from normuon_lens.errors import LensError
+from normuon_lens.extras import require
 
 
 @click.command(epilog="Example: normuon-lens demo --steps 200 -o runs/first")
@@ -27,15 +27,13 @@ from normuon_lens.errors import LensError
 @click.option("--no-dashboard", is_flag=True, help="Train and print the table, open no page.")
 @click.option("--no-browser", is_flag=True, help="Serve the page, but open no browser.")
 def demo(output: Path | None, steps: int, seed: int, no_dashboard: bool, no_browser: bool) -> None:
-    """Train one small GPT under AdamW, Muon and NorMuon, side by side, and watch the updates.
+    """Train one small GPT under three optimizers, and watch.
 
+    AdamW, Muon and NorMuon advance side by side on the same batches, with hooks attached.
     The text is the Python standard library's own source, so nothing is downloaded. The page opens
     at once and grows with the runs; the table at the end is what `normuon-lens compare` prints.
     """
-    try:
-        import torch  # noqa: F401
-    except ModuleNotFoundError:
-        raise LensError('the demo trains with PyTorch: pip install "normuon-lens[torch]"') from None
+    require("torch", "torch")
     from .demo import run_demo
 
     run_demo(

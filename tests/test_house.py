@@ -21,13 +21,14 @@ FOLDERS = ("normuon_lens", *WINGS)
 MAY_IMPORT: dict[str, set[str]] = {
     "errors": set(),
     "metrics": {"errors"},
-    "optim": {"errors"},
+    "extras": {"errors"},
+    "optim": {"errors", "extras"},
     "runfile": {"errors", "metrics"},
     "analysis": {"errors", "metrics", "runfile"},
     "cli": {"errors", "metrics", "runfile", "analysis", ""},
-    "hooks": {"errors", "metrics", "runfile", "optim", ""},
+    "hooks": {"errors", "extras", "metrics", "runfile", "optim", ""},
     "dashboard": {"errors", "metrics", "runfile", "analysis", ""},
-    "sample_runs": {"errors", "runfile", "analysis", "optim", "cli", "hooks", ""},
+    "sample_runs": {"errors", "extras", "runfile", "analysis", "optim", "cli", "hooks", ""},
 }
 """Rooms and wings, and what each may import of the project; "" is the package's own face."""
 

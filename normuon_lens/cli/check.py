@@ -18,9 +18,10 @@ if TYPE_CHECKING:
 @click.argument("runs", nargs=-1, required=True, metavar="RUN...")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
 def check(runs: tuple[str, ...], as_json: bool) -> None:
-    """Read a recording from end to end and say whether it is whole.
+    """Say whether a recording is whole.
 
-    Ends with exit code 2 if anything is damaged. A RUN may also be a folder.
+    Reads it from end to end, and ends with exit code 2 if anything is damaged. A RUN may also be a
+    folder.
     """
     reports = [_read_everything(run) for run in open_runs(runs)]
     if as_json:

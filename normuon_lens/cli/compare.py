@@ -22,10 +22,10 @@ if TYPE_CHECKING:
 @click.option("--skip", default=20, show_default=True, help="Leave out the first N steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def compare(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
-    """Compare runs of one model: condition numbers and neuron imbalance by kind of matrix.
+    """Compare runs of one model, side by side.
 
-    Figures are medians over matrices and steps; factors are relative to the first run. A RUN may
-    also be a folder: all its recordings are taken.
+    Condition numbers and neuron imbalance by kind of matrix: medians over matrices and steps, with
+    factors relative to the first run. A RUN may also be a folder: all its recordings are taken.
     """
     from normuon_lens.analysis import compare as compare_runs
 

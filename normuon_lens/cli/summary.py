@@ -20,7 +20,7 @@ COLUMNS = ("condition_number", "spread_p95_p5", "neuron_cv", "neuron_max_min", "
 @click.option("--skip", default=20, show_default=True, help="Leave out the first N steps.")
 @click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
 def summary(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
-    """Show what a recording holds, and how each matrix fared.
+    """Show one run, matrix by matrix.
 
     Figures are medians over the recorded steps. A RUN may also be a folder.
     """

@@ -11,6 +11,11 @@ Examples
 >>> optimizers = [NorMuon(matrices, lr=0.01), torch.optim.AdamW(others, lr=0.003)]
 """
 
+# ruff: noqa: E402, the imports below need torch
+from normuon_lens.extras import require
+
+require("torch", "torch")
+
 from normuon_lens.optim.groups import split_parameters
 from normuon_lens.optim.muon import Muon
 from normuon_lens.optim.normuon import NorMuon
