@@ -101,8 +101,14 @@ def attach(
     AttachError
         If there is no matrix to record, the patterns match none, a number makes no sense, or the
         recording cannot be made at `path`.
+
+    Notes
+    -----
+    It takes the memory of one more copy of the recorded weights, beside them, and shared memory
+    for four samples (8 MB to 512 MB, or one sample of the largest matrix).
     """
-    optimizers = [optimizer] if isinstance(optimizer, torch.optim.Optimizer) else list(optimizer)
+    several = isinstance(optimizer, Iterable)
+    optimizers = list(optimizer) if several else [optimizer]
     if not optimizers or not all(isinstance(o, torch.optim.Optimizer) for o in optimizers):
         raise AttachError(
             f"attach needs a torch.optim.Optimizer or a list of them, got {optimizer!r}"

@@ -106,6 +106,49 @@ def test_bitwise_equal_in_every_precision(dtype: torch.dtype, tmp_path: Path) ->
     assert open_run(tmp_path / "x.h5").table[0].dtype == str(dtype).removeprefix("torch.")
 
 
+REST_OF_TORCH = sorted(
+    {
+        cls
+        for cls in vars(torch.optim).values()
+        if isinstance(cls, type) and issubclass(cls, torch.optim.Optimizer)
+    }
+    - {torch.optim.Optimizer, torch.optim.SparseAdam, torch.optim.Muon},
+    key=lambda cls: cls.__name__,
+)
+"""Every optimizer of torch that takes dense parameters of any shape."""
+
+
+@pytest.mark.parametrize("cls", REST_OF_TORCH, ids=lambda cls: cls.__name__)
+def test_bitwise_equal_under_every_optimizer_of_torch(
+    cls: type[torch.optim.Optimizer], tmp_path: Path
+) -> None:
+    def run(record: bool) -> list[Tensor]:
+        model = make_model()
+        optimizer = cls(model.parameters(), lr=1e-3)  # type: ignore[call-arg]
+        x = torch.randn(16, 12, generator=torch.Generator().manual_seed(1))
+
+        def closure() -> Tensor:
+            optimizer.zero_grad()
+            loss = (model(x) - x.roll(1, 1)).square().mean()
+            loss.backward()
+            return loss
+
+        recorder = attach(model, optimizer, tmp_path / "x.h5", every=2) if record else None
+        for _ in range(5):
+            optimizer.step(closure)  # type: ignore[arg-type]
+        if recorder:
+            recorder.close()
+        return weights(model)
+
+    for expected, got in zip(run(False), run(True), strict=True):
+        assert torch.equal(expected, got)
+    recorded = open_run(tmp_path / "x.h5")
+    assert recorded.steps.tolist() == [1, 2, 3, 4, 5]
+    assert recorded.optimizer == cls.__name__
+    assert np.isfinite(recorded.all_neuron_norms()).all()
+    assert recorded.neuron_norms("0").any()
+
+
 def test_random_numbers_are_not_consumed(tmp_path: Path) -> None:
     model = make_model()
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
@@ -413,6 +456,12 @@ def test_optimizer_without_matrices_is_refused(tmp_path: Path) -> None:
     other = torch.optim.SGD(make_model().parameters(), 1e-2)
     with pytest.raises(AttachError, match="that belong together"):
         attach(model, other, tmp_path / "x.h5")
+
+
+@pytest.mark.parametrize("given", [None, 0.1, [], ["AdamW"]])
+def test_what_is_no_optimizer_is_refused(given: object, tmp_path: Path) -> None:
+    with pytest.raises(AttachError, match=r"needs a torch\.optim\.Optimizer or a list"):
+        attach(make_model(), given, tmp_path / "x.h5")  # type: ignore[arg-type]
 
 
 def test_existing_recording_is_refused(tmp_path: Path) -> None:
