@@ -61,7 +61,7 @@ def headline(entry: Entry, stage: str) -> Headline:
         loss=final_loss(entry.run),
         ill_conditioned=_share(condition, EVEN),
         imbalanced=_share(settled, BALANCED),
-        early=not (imbalance.steps > SKIP).any(),
+        early=len(imbalance.steps) > 0 and not (imbalance.steps > SKIP).any(),
     )
 
 

@@ -76,8 +76,3 @@ class AppliedUpdate:
         for buffer, item in zip(self._buffers, self._watched, strict=True):
             buffer.add_(matrix_view(item.parameter))
         return self._buffers
-
-    def row_norms(self, updates: Sequence[torch.Tensor]) -> torch.Tensor:
-        """Return the row norms of all updates side by side, on the CPU, float32."""
-        norms = [torch.linalg.vector_norm(update, dim=1) for update in updates]
-        return torch.cat(norms).to("cpu", torch.float32)

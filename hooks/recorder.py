@@ -8,6 +8,7 @@ may take time or fail is the helper process's business.
 from __future__ import annotations
 
 import atexit
+import math
 import os
 import platform
 import shlex
@@ -31,8 +32,10 @@ from .applied import AppliedUpdate
 from .feed import START_SECONDS, Feed, FeedLost
 from .schedule import Schedule
 from .selection import Watched, select
+from .stages import StageTap
 
 CLOSE_SECONDS = 600.0
+SAMPLES_IN_FLIGHT = 4
 RING_BYTES = (8 << 20, 512 << 20)
 """Least and most shared memory between the trainer and the helper process."""
 
@@ -47,6 +50,7 @@ def attach(
     matrices_every: int | None = None,
     include: str | Iterable[str] | None = None,
     exclude: str | Iterable[str] | None = None,
+    stages: bool = False,
     name: str | None = None,
     notes: str | None = None,
     resume: bool = False,
@@ -74,6 +78,9 @@ def attach(
         Full matrices on every so many-th step; as `every` if None, never if 0.
     include, exclude : str or iterable of str, optional
         Glob patterns on parameter names, such as ``"blocks.*"``. All matrices if None.
+    stages : bool
+        Record the matrices on their way too: the gradient under any optimizer; momentum,
+        orthogonalized and normalized under ours. About as much again for each.
     name, notes : str, optional
         Shown with the run.
     resume : bool
@@ -130,6 +137,7 @@ def attach(
         watched,
         schedule,
         metadata,
+        stages=stages,
         options={"resume": resume, "store": store, "compress": compress},
         on_error=on_error,
         wait=on_full == "wait",
@@ -161,6 +169,7 @@ class Recorder:
         schedule: Schedule,
         metadata: dict[str, Any],
         *,
+        stages: bool,
         options: dict[str, Any],
         on_error: str,
         wait: bool,
@@ -182,9 +191,14 @@ class Recorder:
         self._clock = time.time() - time.perf_counter()
         self._stepped: set[int] = set()
         self._copied: set[int] = set()
-        self._row: np.ndarray | None = None
+        self._norms: list[tuple[Watched, str, torch.Tensor]] = []
+        self._rows: dict[str, np.ndarray] = {}
         self._scalars: dict[str, Any] = {}
         self._reported_drops = 0
+        self._taps = [
+            StageTap(o, mine, self._take)
+            for o, mine in zip(optimizers if stages else (), self._watched, strict=False)
+        ]
         self._feed, last_step = self._open(metadata, options)
         self.steps = _steps_taken(optimizers) or last_step
         self._schedule = Schedule(
@@ -270,7 +284,7 @@ class Recorder:
 
     # -- hooks -------------------------------------------------------------------------------
 
-    def _before(self, i: int) -> None:
+    def _before(self, i: int, closure: bool) -> None:
         if i in self._stepped:
             self._end_step()
         if not self._stepped:
@@ -279,51 +293,68 @@ class Recorder:
         if self._schedule.norms(self.steps):
             self._applied[i].before()
             self._copied.add(i)
+            if self._taps:
+                self._taps[i].open(closure=closure)
 
-    def _after(self, i: int) -> None:
+    def _after(self, i: int, closure: bool) -> None:
         self._stepped.add(i)
         if i not in self._copied:
             return
         self._copied.discard(i)
-        applied = self._applied[i]
+        if self._taps:
+            self._taps[i].close(closure=closure)
+        applied, mine = self._applied[i], self._watched[i]
         sampled = self._schedule.sample(self.steps)
-        weight_norms = applied.weight_norms() if sampled else []
-        updates = applied.after()
-        if self._row is None:
-            self._row = np.full(self._matrices.total_rows, np.nan, dtype=np.float32)
-        norms = applied.row_norms(updates).numpy()
-        start = 0
-        for item in self._watched[i]:
-            rows = self._matrices.rows(item.index)
-            count = rows.stop - rows.start
-            self._row[rows] = norms[start : start + count]
-            start += count
-        if sampled:
-            self._send_matrices(i, updates, weight_norms)
-
-    def _send_matrices(
-        self, i: int, updates: Sequence[torch.Tensor], weight_norms: Sequence[float]
-    ) -> None:
-        assert self._feed is not None
-        applied = self._applied[i]
+        weight_norms = applied.weight_norms() if sampled else [math.nan] * len(mine)
         for item, update, decay, weight_norm in zip(
-            self._watched[i], updates, applied.decay, weight_norms, strict=True
+            mine, applied.after(), applied.decay, weight_norms, strict=True
         ):
-            header = {
-                "stage": "update",
-                "step": self.steps,
-                "index": item.index,
-                "spectrum": self._schedule.spectra(self.steps),
-                "keep": self._schedule.matrices(self.steps),
-                "weight_norm": weight_norm,
-                "decay": decay,
-                # What was rounded is the weight, when the optimizer added the update to it.
-                "noise_norm": weight_norm,
-                "noise_dtype": self._matrices[item.index].dtype,
-            }
-            values = {"values": update.cpu().numpy()}
-            if not self._feed.send("matrix", header, values, wait=self._wait):
-                self.dropped += 1
+            self._take(item, "update", update, decay=decay, weight_norm=weight_norm)
+        self._collect_norms()
+
+    def _take(
+        self,
+        item: Watched,
+        stage: str,
+        matrix: torch.Tensor,
+        *,
+        decay: float = math.nan,
+        weight_norm: float = math.nan,
+    ) -> None:
+        """Take a matrix's row norms, and on sampled steps hand it over whole."""
+        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+        self._norms.append((item, stage, torch.linalg.vector_norm(matrix, dim=1)))
+        if not self._schedule.sample(self.steps):
+            return
+        assert self._feed is not None
+        # What was rounded is the weight, when the optimizer added the update to it; any other
+        # stage is handed over just as it is.
+        rounded = weight_norm if stage == "update" else float(torch.linalg.vector_norm(matrix))
+        kind = self._matrices[item.index].dtype if stage == "update" else "float32"
+        header = {
+            "stage": stage,
+            "step": self.steps,
+            "index": item.index,
+            "spectrum": self._schedule.spectra(self.steps),
+            "keep": self._schedule.matrices(self.steps),
+            "weight_norm": weight_norm,
+            "decay": decay,
+            "noise_norm": rounded,
+            "noise_dtype": kind,
+        }
+        if not self._feed.send("matrix", header, {"values": matrix.cpu().numpy()}, wait=self._wait):
+            self.dropped += 1
+
+    def _collect_norms(self) -> None:
+        """Bring the row norms taken so far to the CPU, in one transfer, and into their rows."""
+        norms = torch.cat([norm for _, _, norm in self._norms]).to("cpu", torch.float32).numpy()
+        start = 0
+        for item, stage, norm in self._norms:
+            if stage not in self._rows:
+                self._rows[stage] = np.full(self._matrices.total_rows, np.nan, np.float32)
+            self._rows[stage][self._matrices.rows(item.index)] = norms[start : start + len(norm)]
+            start += len(norm)
+        self._norms.clear()
 
     def _end_step(self) -> None:
         """Hand over the row of the step just taken; its matrices went before."""
@@ -333,11 +364,10 @@ class Recorder:
             "step": self.steps,
             "time": self._clock + self._ended,
             "scalars": {name: float(value) for name, value in scalars.items()},
-            "void": self._row is not None and bool((self._row == 0).all()),
+            "void": "update" in self._rows and bool((self._rows["update"] == 0).all()),
             "dropped": self.dropped,
         }
-        norms = {} if self._row is None else {"update": self._row}
-        self._scalars, self._row = {}, None
+        norms, self._scalars, self._rows = self._rows, {}, {}
         self._stepped.clear()
         if not self._feed.send("step", header, norms, wait=self._wait):
             self.dropped += 1
@@ -376,7 +406,7 @@ class Recorder:
             "options": options,
         }
         try:
-            feed = Feed(max(largest, min(most, max(least, 4 * sum(sizes)))))
+            feed = Feed(max(largest, min(most, max(least, SAMPLES_IN_FLIGHT * sum(sizes)))))
         except FeedLost as error:
             raise AttachError(str(error)) from None
         try:
@@ -422,13 +452,13 @@ class Recorder:
 
         return guarded
 
-    def _timed(self, body: Callable[..., None], *given: Any) -> Callable[..., None]:
-        """Guard a step hook and count its time as overhead."""
+    def _timed(self, body: Callable[[int, bool], None], i: int) -> Callable[..., None]:
+        """Guard a step hook of optimizer `i` and count its time as overhead."""
         guarded = self._guarded(body)
 
-        def hook(*_: Any) -> None:
+        def hook(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
             began = time.perf_counter()
-            guarded(*given)
+            guarded(i, any(value is not None for value in (*args, kwargs.get("closure"))))
             self._ended = time.perf_counter()
             self.seconds += self._ended - began
 

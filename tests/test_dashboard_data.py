@@ -315,6 +315,13 @@ def test_the_headline_says_who_is_ill_conditioned_and_who_imbalanced(folder):
     assert adamw.imbalance > 0
 
 
+def test_the_headline_of_a_stage_that_was_not_recorded_is_empty_not_early(folder):
+    nothing = headline(Store([folder]).entries[0], "momentum")
+    assert np.isnan([nothing.condition, nothing.imbalance]).all()
+    assert nothing.ill_conditioned.of == 0
+    assert not nothing.early
+
+
 # -- controls ------------------------------------------------------------------------------------
 
 

@@ -1,0 +1,150 @@
+"""What is seen on the way through an optimizer is what went through it, and looking is harmless."""
+
+from __future__ import annotations
+
+from collections.abc import Callable
+from pathlib import Path
+
+import numpy as np
+import pytest
+import torch
+from torch import Tensor, nn
+
+from normuon_lens.analysis import measure
+from normuon_lens.hooks import attach
+from normuon_lens.hooks.recorder import Recorder
+from normuon_lens.optim import Muon, NorMuon
+from normuon_lens.runfile import open_run
+
+LR, BETA = 1e-2, 0.95
+STAGES = ["gradient", "momentum", "orthogonalized", "normalized", "update"]
+
+BUILD: dict[str, Callable[[list[nn.Parameter]], torch.optim.Optimizer]] = {
+    "NorMuon": lambda p: NorMuon(p, LR, weight_decay=0.0, ns_dtype=torch.float32),
+    "Muon": lambda p: Muon(p, LR, nesterov=True),
+    "torch Muon": lambda p: torch.optim.Muon(p, LR),
+    "AdamW": lambda p: torch.optim.AdamW(p, LR),
+    "LBFGS": lambda p: torch.optim.LBFGS(p, 0.1, max_iter=3),
+}
+
+
+def train(optimizer: torch.optim.Optimizer, weight: nn.Parameter, steps: int) -> list[Tensor]:
+    """Train towards a fixed product; returns the gradient that every step began with."""
+    generator = torch.Generator().manual_seed(2)
+    x, target = (torch.randn(32, side, generator=generator) for side in (6, 12))
+    gradients = []
+
+    def closure() -> Tensor:
+        optimizer.zero_grad()
+        loss = (x @ weight.T - target).square().mean()
+        loss.backward()
+        return loss
+
+    for _ in range(steps):
+        if isinstance(optimizer, torch.optim.LBFGS):
+            optimizer.step(closure)  # type: ignore[arg-type]
+        else:
+            closure()
+            assert weight.grad is not None
+            gradients.append(weight.grad.clone())
+            optimizer.step()
+    return gradients
+
+
+def new_weight() -> nn.Parameter:
+    torch.manual_seed(0)
+    return nn.Parameter(torch.randn(12, 6))
+
+
+@pytest.mark.parametrize("name", BUILD)
+def test_looking_changes_nothing(name: str, tmp_path: Path) -> None:
+    plain, seen = new_weight(), new_weight()
+    train(BUILD[name]([plain]), plain, 12)
+    optimizer = BUILD[name]([seen])
+    with attach(nn.ParameterDict({"w": seen}), optimizer, tmp_path / "x.h5", every=3, stages=True):
+        train(optimizer, seen, 12)
+    assert torch.equal(plain, seen)
+    run = open_run(tmp_path / "x.h5")
+    ours = name in ("NorMuon", "Muon")
+    between = [s for s in STAGES[1:4] if ours and not (name == "Muon" and s == "normalized")]
+    assert run.stages == ["gradient", *between, "update"]
+    for stage in run.stages:
+        assert run.spectrum_steps(stage).tolist() == [1, 3, 6, 9, 12]
+        assert np.isfinite(run.neuron_norms("w", stage)).all()
+        assert np.isfinite(measure(run, "condition_number", stage=stage).values).all()
+
+
+def test_every_stage_follows_from_the_one_before(tmp_path: Path) -> None:
+    """The recorded matrices satisfy NorMuon's equations, one by one, in float64."""
+    weight = new_weight()
+    optimizer = BUILD["NorMuon"]([weight])
+    model = nn.ParameterDict({"w": weight})
+    with attach(model, optimizer, tmp_path / "x.h5", every=1, stages=True):
+        gradients = train(optimizer, weight, 8)
+    run = open_run(tmp_path / "x.h5")
+    momentum, v = np.zeros((12, 6)), np.zeros((12, 1))
+    for step, gradient in enumerate(gradients, start=1):
+        seen = {stage: run.update("w", step, stage).astype(float) for stage in STAGES}
+        np.testing.assert_array_equal(seen["gradient"], gradient)
+        momentum = BETA * momentum + (1 - BETA) * seen["gradient"]
+        np.testing.assert_allclose(seen["momentum"], momentum, rtol=1e-4, atol=1e-7)
+        u, _, vt = np.linalg.svd(momentum, full_matrices=False)
+        lifted = np.diag(u.T @ seen["orthogonalized"] @ vt.T)
+        assert ((lifted > 0.65) & (lifted < 1.21)).all(), "same directions, values near one"
+        v = BETA * v + (1 - BETA) * (seen["orthogonalized"] ** 2).mean(axis=1, keepdims=True)
+        normalized = seen["orthogonalized"] / np.sqrt(v)
+        np.testing.assert_allclose(seen["normalized"], normalized, rtol=1e-4)
+        scaled = -0.2 * LR * normalized / np.sqrt((normalized**2).mean())
+        # The difference of two weights of size 1 carries 24 bits of them.
+        np.testing.assert_allclose(seen["update"], scaled, atol=3e-7)
+        np.testing.assert_allclose(
+            run.neuron_norms("w", "momentum")[step - 1],
+            np.linalg.norm(seen["momentum"], axis=1),
+            rtol=1e-6,
+        )
+
+
+def test_a_users_own_observer_keeps_seeing_and_is_put_back(tmp_path: Path) -> None:
+    weight = new_weight()
+    optimizer = NorMuon([weight], LR)
+    seen: list[str] = []
+
+    def mine(parameter: nn.Parameter, stage: str, matrix: Tensor) -> None:
+        seen.append(stage)
+
+    optimizer.stage_observer = mine
+    with attach(nn.ParameterDict({"w": weight}), optimizer, tmp_path / "x.h5", stages=True):
+        train(optimizer, weight, 4)
+    assert seen == ["momentum", "orthogonalized", "normalized"] * 4
+    assert optimizer.stage_observer is mine
+
+
+def test_failure_while_looking_is_a_warning_after_the_step(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    plain, weight = new_weight(), new_weight()
+    train(NorMuon([plain], LR), plain, 6)
+    optimizer = NorMuon([weight], LR)
+    lens = attach(nn.ParameterDict({"w": weight}), optimizer, tmp_path / "x.h5", stages=True)
+    taken = Recorder._take
+
+    def failing(self: Recorder, item: object, stage: str, *rest: object, **more: object) -> None:
+        if stage == "normalized" and self.steps == 3:
+            raise MemoryError("no room for a look")
+        taken(self, item, stage, *rest, **more)  # type: ignore[arg-type]
+
+    monkeypatch.setattr(Recorder, "_take", failing)
+    lens._taps[0]._take = lens._take
+    with pytest.warns(RuntimeWarning, match="stopped at step 3.*no room for a look"):
+        train(optimizer, weight, 6)
+    assert torch.equal(plain, weight)
+    assert optimizer.stage_observer is None
+    assert open_run(tmp_path / "x.h5").steps.tolist() == [1, 2]
+
+
+def test_without_stages_nobody_looks(tmp_path: Path) -> None:
+    weight = new_weight()
+    optimizer = NorMuon([weight], LR)
+    with attach(nn.ParameterDict({"w": weight}), optimizer, tmp_path / "x.h5"):
+        train(optimizer, weight, 3)
+    assert open_run(tmp_path / "x.h5").stages == ["update"]
