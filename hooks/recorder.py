@@ -114,8 +114,10 @@ def attach(
     It takes the memory of one more copy of the recorded weights, beside them, and shared memory
     for four samples (8 MB to 512 MB, or one sample of the largest matrix).
     """
-    several = isinstance(optimizer, Iterable)
-    optimizers = list(optimizer) if several else [optimizer]
+    if isinstance(optimizer, torch.optim.Optimizer):
+        optimizers = [optimizer]
+    else:
+        optimizers = list(optimizer) if isinstance(optimizer, Iterable) else []
     if not optimizers or not all(isinstance(o, torch.optim.Optimizer) for o in optimizers):
         raise AttachError(
             f"attach needs a torch.optim.Optimizer or a list of them, got {optimizer!r}"
