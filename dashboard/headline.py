@@ -2,13 +2,12 @@
 
 from __future__ import annotations
 
-import math
 from typing import NamedTuple
 
 import numpy as np
 
-from normuon_lens.analysis.comparison import SKIP, final_loss
-from normuon_lens.analysis.measure import Series
+from normuon_lens.analysis.comparison import final_loss
+from normuon_lens.analysis.settled import SKIP, finite_median, settled
 from normuon_lens.metrics import CATALOGUE
 
 from .store import Entry
@@ -52,29 +51,19 @@ class Headline(NamedTuple):
 def headline(entry: Entry, stage: str) -> Headline:
     """Return a readable run's headline figures at a stage."""
     assert entry.run is not None
-    condition = _settled(entry.series("condition_number", stage))
-    imbalance = entry.series("neuron_cv", stage)
-    settled = _settled(imbalance)
+    condition = settled(entry.series("condition_number", stage))
+    evenness = entry.series("neuron_cv", stage)
+    imbalance = settled(evenness)
     return Headline(
-        condition=_median(condition),
-        imbalance=_median(settled),
+        condition=finite_median(condition),
+        imbalance=finite_median(imbalance),
         loss=final_loss(entry.run),
         ill_conditioned=_share(condition, EVEN),
-        imbalanced=_share(settled, BALANCED),
-        early=len(imbalance.steps) > 0 and not (imbalance.steps > SKIP).any(),
+        imbalanced=_share(imbalance, BALANCED),
+        early=len(evenness.steps) > 0 and not (evenness.steps > SKIP).any(),
     )
 
 
-def _settled(series: Series) -> np.ndarray:
-    late = series.steps > SKIP
-    return series.values[late] if late.any() else series.values
-
-
-def _median(values: np.ndarray) -> float:
-    values = values[np.isfinite(values)]
-    return float(np.median(values)) if values.size else math.nan
-
-
 def _share(values: np.ndarray, limit: float) -> Share:
-    medians = np.array([_median(column) for column in values.T])
+    medians = np.array([finite_median(column) for column in values.T])
     return Share(int((medians > limit).sum()), int(np.isfinite(medians).sum()))

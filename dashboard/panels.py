@@ -8,7 +8,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from normuon_lens.analysis.comparison import SKIP
+from normuon_lens.analysis.settled import SKIP
 
 from .figures import condition, imbalance, loss, neurons, spectrum, timeline
 from .figures.frame import Band, Curve, Figure, Grid, empty_figure
@@ -65,7 +65,7 @@ def _draw_spectrum(store: Store, view: View) -> Figure:
     for entry in view.runs:
         found = entry.spectrum_at(view.matrix, view.stage, view.step)
         if found is not None:
-            curves.append(_curve(store, entry, found.step, view, found.sigma / found.sigma[0]))
+            curves.append(_curve(store, entry, found.step, view, found.values / found.values[0]))
     if not curves:
         return _nothing(view, "spectra")
     return spectrum.spectrum_figure(curves, dark=view.dark)
@@ -76,8 +76,7 @@ def _draw_neurons(store: Store, view: View) -> Figure:
     for entry in view.runs:
         found = entry.norms_at(view.matrix, view.stage, view.step)
         if found is not None:
-            with np.errstate(all="ignore"):  # a frozen matrix has no mean to compare with: NaN
-                ratio = -np.sort(-found.norms) / np.nanmean(found.norms)
+            ratio = -np.sort(-_over_mean(found.values))
             curves.append(_curve(store, entry, found.step, view, ratio))
     if not curves:
         return _nothing(view, "neuron norms")
@@ -126,9 +125,7 @@ def _draw_timeline(store: Store, view: View) -> Figure:
     for entry in view.runs:
         steps, norms = entry.norms(view.matrix, view.stage)
         if len(steps):
-            with np.errstate(all="ignore"):  # a frozen matrix has no mean to compare with: NaN
-                ratio = norms / np.nanmean(norms, axis=1, keepdims=True)
-            cells, rows, at = blocks(ratio.T)
+            cells, rows, at = blocks(_over_mean(norms).T)
             grids.append(Grid(store.label(entry), entry.style, steps[at], rows.tolist(), cells))
     if not grids:
         return _nothing(view, "neuron norms")
@@ -175,6 +172,13 @@ def smoothed(values: np.ndarray) -> np.ndarray:
         weight = SMOOTHING * weight + 1.0
         means[i] = total / weight
     return means
+
+
+def _over_mean(norms: np.ndarray) -> np.ndarray:
+    """Return norms (..., m) over the mean of their step; NaN where nothing moved at all."""
+    with np.errstate(all="ignore"):
+        ratio: np.ndarray = norms / np.nanmean(norms, axis=-1, keepdims=True)
+    return ratio
 
 
 def _curve(store: Store, entry: Entry, step: int, view: View, values: np.ndarray) -> Curve:

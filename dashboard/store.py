@@ -30,18 +30,11 @@ _changes = itertools.count(time.time_ns() // 1000)
 """Numbers every change anew, also after a restart: a page may outlive its server."""
 
 
-class Spectrum(NamedTuple):
-    """Singular values (k,) of one matrix at one sampled step; NaN where they are only noise."""
+class Moment(NamedTuple):
+    """What one matrix was at one recorded step: singular values (k,) or row norms (m,)."""
 
     step: int
-    sigma: np.ndarray
-
-
-class Norms(NamedTuple):
-    """Row norms (m,) of one matrix at one recorded step."""
-
-    step: int
-    norms: np.ndarray
+    values: np.ndarray
 
 
 class Entry:
@@ -164,21 +157,16 @@ class Entry:
         values = np.where(sigma > floor[:, None], sigma, np.nan)[moved]
         return _keep(self._spectra, (matrix, stage), _joined(seen, Series(steps[moved], values)))
 
-    def spectrum_at(self, matrix: str, stage: str, step: int) -> Spectrum | None:
-        """Return the spectrum at the sampled step nearest to `step`; None if there is none."""
-        series = self.spectra(matrix, stage)
-        if not len(series.steps):
-            return None
-        at = int(np.abs(series.steps - step).argmin())
-        return Spectrum(int(series.steps[at]), series.values[at])
+    def spectrum_at(self, matrix: str, stage: str, step: int) -> Moment | None:
+        """Return the singular values at the sampled step nearest to `step`, NaN where only noise.
 
-    def norms_at(self, matrix: str, stage: str, step: int) -> Norms | None:
+        None if there are none.
+        """
+        return _nearest(self.spectra(matrix, stage), step)
+
+    def norms_at(self, matrix: str, stage: str, step: int) -> Moment | None:
         """Return the row norms at the recorded step nearest to `step`; None if there are none."""
-        series = self.norms(matrix, stage)
-        if not len(series.steps):
-            return None
-        at = int(np.abs(series.steps - step).argmin())
-        return Norms(int(series.steps[at]), series.values[at])
+        return _nearest(self.norms(matrix, stage), step)
 
     def _continues(self) -> bool:
         """Tell whether the recording only grew since the last look, and remember this look."""
@@ -313,6 +301,13 @@ def _is_folder(path: Path, wait: bool) -> bool:
 
 def _nothing(columns: int) -> Series:
     return Series(np.empty(0, np.int64), np.empty((0, columns)))
+
+
+def _nearest(series: Series, step: int) -> Moment | None:
+    if not len(series.steps):
+        return None
+    at = int(np.abs(series.steps - step).argmin())
+    return Moment(int(series.steps[at]), series.values[at])
 
 
 def _end(seen: Series | None) -> int:

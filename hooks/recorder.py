@@ -325,13 +325,14 @@ class Recorder:
     ) -> None:
         """Take a matrix's row norms, and on sampled steps hand it over whole."""
         matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        self._norms.append((item, stage, torch.linalg.vector_norm(matrix, dim=1)))
+        norms = torch.linalg.vector_norm(matrix, dim=1)
+        self._norms.append((item, stage, norms))
         if not self._schedule.sample(self.steps):
             return
         assert self._feed is not None
         # What was rounded is the weight, when the optimizer added the update to it; any other
         # stage is handed over just as it is.
-        rounded = weight_norm if stage == "update" else float(torch.linalg.vector_norm(matrix))
+        rounded = weight_norm if stage == "update" else float(torch.linalg.vector_norm(norms))
         kind = self._matrices[item.index].dtype if stage == "update" else "float32"
         header = {
             "stage": stage,

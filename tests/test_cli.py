@@ -8,11 +8,14 @@ import subprocess
 import sys
 from pathlib import Path
 
+import click
 import h5py
 import numpy as np
 import pytest
 
+from normuon_lens.analysis.settled import SKIP
 from normuon_lens.cli.main import main
+from normuon_lens.cli.runs import skip_option
 from normuon_lens.cli.tables import factor, figure
 from normuon_lens.runfile import Matrices, Matrix, Writer, made_up_run
 
@@ -137,6 +140,11 @@ def test_paths_that_are_no_runs(tmp_path: Path, capsys: pytest.CaptureFixture[st
         expect_refusal(capsys, (verb, tmp_path / "empty"), "no recordings", "normuon-lens demo")
         expect_refusal(capsys, (verb, tmp_path / "text.h5"), "text.h5: not a readable HDF5 file")
         expect_refusal(capsys, (verb, tmp_path / "foreign.h5"), "not one that normuon-lens wrote")
+
+
+def test_help_names_the_first_steps_that_analysis_leaves_out() -> None:
+    command = click.Command("any", params=[])
+    assert skip_option(command).params[0].default == SKIP
 
 
 def test_words_that_are_no_verbs(capsys: pytest.CaptureFixture[str]) -> None:

@@ -135,7 +135,7 @@ def test_noise_is_left_out_of_a_spectrum(tmp_path):
     writer.spectra("update", 1, np.array([1.0, 0.1, 1e-9]), np.array([1e-6]))
     writer.close()
     (entry,) = Store([tmp_path]).entries
-    sigma = entry.spectrum_at("w", "update", 1).sigma
+    sigma = entry.spectrum_at("w", "update", 1).values
     np.testing.assert_array_equal(sigma, [1.0, 0.1, np.nan])
 
 

@@ -9,11 +9,9 @@ from dataclasses import dataclass
 import numpy as np
 
 from normuon_lens.analysis.measure import measure
+from normuon_lens.analysis.settled import SKIP, settled
 from normuon_lens.errors import LensError
 from normuon_lens.runfile import Run
-
-SKIP = 20
-"""First steps left out: the momentum fills up, and no rule is representative there."""
 
 METRICS = ("condition_number", "spread_p95_p5", "neuron_cv", "neuron_max_min")
 """What is compared: conditioning with and without the smallest values, then imbalance."""
@@ -117,16 +115,17 @@ def compare(
         If the runs share no matrix, or one of the same name has two shapes.
     """
     groups = _groups(_common(runs))
-    columns = {name: np.array([run.table.index(name) for run in runs]) for name in _common(runs)}
-    rows = []
     measured = {
-        (i, metric): _settled(run, metric, skip) for i, run in enumerate(runs) for metric in metrics
+        (i, metric): settled(measure(run, metric), skip=skip)
+        for i, run in enumerate(runs)
+        for metric in metrics
     }
+    rows = []
     for group, names in groups.items():
         for metric in metrics:
             values = tuple(
-                _quantiles(measured[i, metric][:, [columns[name][i] for name in names]])
-                for i in range(len(runs))
+                _quantiles(measured[i, metric][:, [run.table.index(name) for name in names]])
+                for i, run in enumerate(runs)
             )
             rows.append(Row(group, metric, values))
     return Comparison(skip, tuple(_summary(run) for run in runs), tuple(rows))
@@ -137,27 +136,11 @@ def matrix_group(name: str) -> str:
     return re.sub(r"(?<![^.])\d+(?![^.])", "*", name)
 
 
-def settled_rows(run: Run, metric: str, *, skip: int = SKIP) -> tuple[np.ndarray, np.ndarray]:
-    """Return steps (T,) and values (T, M) of a metric beyond the first `skip` steps.
-
-    A run with no step beyond them is returned whole: a short run is better shown than empty.
-    """
-    series = measure(run, metric)
-    late = series.steps > skip
-    if not late.any():
-        late[:] = True
-    return series.steps[late], series.values[late]
-
-
 def final_loss(run: Run, scalar: str = "loss") -> float:
     """Return the mean of the last :data:`LOSS_WINDOW` logged values; NaN if none was logged."""
     values = run.scalars.get(scalar, np.empty(0))
     values = values[np.isfinite(values)]
     return float(values[-LOSS_WINDOW:].mean()) if len(values) else float("nan")
-
-
-def _settled(run: Run, metric: str, skip: int) -> np.ndarray:
-    return settled_rows(run, metric, skip=skip)[1]
 
 
 def _common(runs: Sequence[Run]) -> list[str]:

@@ -6,7 +6,7 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normuon_lens.cli.runs import open_runs
+from normuon_lens.cli.runs import json_option, open_runs, runs_argument
 from normuon_lens.cli.tables import print_json
 from normuon_lens.errors import RunError
 
@@ -15,8 +15,8 @@ if TYPE_CHECKING:
 
 
 @click.command(epilog="Example: normuon-lens check runs/normuon.h5")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+@runs_argument
+@json_option
 def check(runs: tuple[str, ...], as_json: bool) -> None:
     """Say whether a recording is whole.
 

@@ -8,7 +8,7 @@ from typing import TYPE_CHECKING
 import click
 from rich.console import Console
 
-from normuon_lens.cli.runs import open_runs
+from normuon_lens.cli.runs import json_option, open_runs, runs_argument, skip_option
 from normuon_lens.cli.tables import console, factor, figure, new_table, print_json
 
 if TYPE_CHECKING:
@@ -18,9 +18,9 @@ if TYPE_CHECKING:
 @click.command(
     epilog="Example: normuon-lens compare runs/adamw.h5 runs/muon.h5 runs/normuon.h5",
 )
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--skip", default=20, show_default=True, help="Leave out the first N steps.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@runs_argument
+@skip_option
+@json_option
 def compare(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
     """Compare runs of one model, side by side.
 

@@ -11,6 +11,13 @@ import click
 if TYPE_CHECKING:
     from normuon_lens.runfile import Run
 
+runs_argument = click.argument("runs", nargs=-1, required=True, metavar="RUN...")
+# The number stands in analysis.settled too, which the help of a verb does not load.
+skip_option = click.option(
+    "--skip", default=20, show_default=True, help="Leave out the first N steps."
+)
+json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON instead of text.")
+
 
 def open_runs(arguments: Sequence[str]) -> list[Run]:
     """Open every recording among `arguments`, run files and folders.

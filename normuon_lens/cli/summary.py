@@ -6,19 +6,20 @@ from typing import TYPE_CHECKING, Any
 
 import click
 
-from normuon_lens.cli.runs import open_runs
+from normuon_lens.cli.runs import json_option, open_runs, runs_argument, skip_option
 from normuon_lens.cli.tables import console, figure, new_table, print_json
 
 if TYPE_CHECKING:
     from normuon_lens.runfile import Run
 
 COLUMNS = ("condition_number", "spread_p95_p5", "neuron_cv", "neuron_max_min", "neuron_starved")
+BOUND = "condition_is_lower_bound"
 
 
 @click.command(epilog="Example: normuon-lens summary runs/normuon.h5")
-@click.argument("runs", nargs=-1, required=True, metavar="RUN...")
-@click.option("--skip", default=20, show_default=True, help="Leave out the first N steps.")
-@click.option("--json", "as_json", is_flag=True, help="Print JSON instead of tables.")
+@runs_argument
+@skip_option
+@json_option
 def summary(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
     """Show one run, matrix by matrix.
 
@@ -33,22 +34,17 @@ def summary(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
 
 
 def _summarise(run: Run, skip: int) -> dict[str, Any]:
-    import numpy as np
+    from normuon_lens.analysis import measure
+    from normuon_lens.analysis.comparison import final_loss
+    from normuon_lens.analysis.settled import finite_median, settled
 
-    from normuon_lens.analysis.comparison import final_loss, settled_rows
-
-    def median(values: np.ndarray) -> float:
-        finite = values[np.isfinite(values)]
-        return float(np.median(finite)) if finite.size else float("nan")
-
-    measured = {metric: settled_rows(run, metric, skip=skip)[1] for metric in COLUMNS}
-    bounded = settled_rows(run, "condition_is_lower_bound", skip=skip)[1]
+    measured = {name: settled(measure(run, name), skip=skip) for name in (*COLUMNS, BOUND)}
     matrices = [
         {
             "matrix": matrix.name,
             "shape": [matrix.m, matrix.n],
-            **{metric: median(values[:, i]) for metric, values in measured.items()},
-            "condition_is_lower_bound": bool(median(bounded[:, i]) > 0.5),
+            **{metric: finite_median(measured[metric][:, i]) for metric in COLUMNS},
+            BOUND: finite_median(measured[BOUND][:, i]) > 0.5,
         }
         for i, matrix in enumerate(run.table)
     ]
@@ -91,7 +87,7 @@ def _print(content: dict[str, Any], skip: int) -> None:
     table = new_table(title, ["matrix", "shape", *labels])
     for row in content["matrices"]:
         cells = [figure(row[metric]) for metric in COLUMNS]
-        if row["condition_is_lower_bound"]:
+        if row[BOUND]:
             cells[0] = f"≥ {cells[0]}"
         table.add_row(row["matrix"], " × ".join(map(str, row["shape"])), *cells)
     to.print(table)

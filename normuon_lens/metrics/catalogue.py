@@ -142,10 +142,10 @@ _SIGMA = ("sigma",)
 _FLOORED = ("sigma", "floor")
 _NORMS = ("norms",)
 
-# Healthy ranges come from trainings of the demo's model (medians of tall matrices: condition
-# 1.66 Muon, 2.2 NorMuon; CV .056 and max/min 1.43 NorMuon; square matrices keep a condition of
-# 12-66 under both) with about a factor two of room, and from Newton-Schulz on made-up matrices
-# (p95/p5 1.5-1.74, share in the band 0.90-1; after row normalization p95/p5 up to 2.4).
+# Healthy ranges come from the recorded sample runs, with room (medians of tall matrices: condition
+# 1.67 Muon, 2.14 NorMuon; CV .083 and max/min 1.67 NorMuon; square matrices keep a condition of
+# 15-18 under both, 5-126 from the 10th to the 90th percentile), and from Newton-Schulz on made-up
+# matrices (p95/p5 1.5-1.74, share in the band 0.90-1; after row normalization p95/p5 up to 2.4).
 _ROWS = (
     _row(
         "condition_number",
