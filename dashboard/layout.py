@@ -9,7 +9,7 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import dcc, html
 
-from normuon_lens.analysis.comparison import SKIP
+from normuon_lens.analysis.settled import SKIP
 
 from .figures import empty_figure
 from .figures.palette import Style
