@@ -11,7 +11,7 @@ import time
 from collections.abc import Callable, Iterator
 from contextlib import contextmanager, suppress
 from pathlib import Path
-from typing import IO
+from typing import IO, Any, NamedTuple
 
 import numpy as np
 import pytest
@@ -34,23 +34,31 @@ def update_of(step: int) -> np.ndarray:
 
 def expect_exact(run: Run, at_least: int) -> None:
     """Hold every number of `run` against its step; it has all steps from 1 to `at_least`."""
-    assert not run.damaged
     assert run.steps.tolist() == list(range(1, len(run.steps) + 1))
     assert len(run.steps) >= at_least
+    expect_true(run)
+    if at_least >= 2:
+        assert set(range(2, at_least + 1, 2)) <= set(run.spectra("weight").steps.tolist())
+        assert set(range(2, at_least + 1, 2)) <= set(run.update_steps("weight").tolist())
+
+
+def expect_true(run: Run) -> None:
+    """Hold every number of `run` against its step, whichever steps it has."""
+    assert not run.damaged
     if not len(run.steps):
         return
     updates = np.stack([update_of(step) for step in run.steps.tolist()])
     norms = np.linalg.norm(updates, axis=2)
     np.testing.assert_allclose(run.neuron_norms("weight"), norms, rtol=1e-6)
     np.testing.assert_array_equal(run.scalars["loss"], run.steps)
+    if not len(run.spectrum_steps()):
+        return
     spectra = run.spectra("weight")
-    assert set(range(2, at_least + 1, 2)) <= set(spectra.steps.tolist())
     np.testing.assert_allclose(
         spectra.sigma[:, 0], np.linalg.norm(PATTERN) * RATE * spectra.steps, rtol=1e-6
     )
     for step in run.update_steps("weight").tolist():
         np.testing.assert_array_equal(run.update("weight", step), update_of(step))
-    assert set(range(2, at_least + 1, 2)) <= set(run.update_steps("weight").tolist())
 
 
 def record(writer: Writer, step: int) -> None:
@@ -83,39 +91,148 @@ def write_for_ever(path: Path) -> None:
         writer.close()
 
 
-def train_until_told(path: Path) -> None:
-    """Train until the file ``stop`` appears; say the helper's process id, then every step."""
+def nursery() -> None:
+    """Fork a trainer for every line "path steps fork" that comes in; at the end, kill them all.
+
+    So torch is imported once, and a trainer can be killed as soon as it begins to attach.
+    """
+    import torch
+
+    import normuon_lens.hooks  # noqa: F401, for all children
+
+    torch.set_num_threads(1)
+    torch.optim.SGD([torch.zeros(1, requires_grad=True)])  # its first optimizer takes seconds
+    children = []
+    say("ready")
+    for line in sys.stdin:
+        path, steps, fork = line.split()
+        child = os.fork()
+        if child == 0:
+            for number, name in ((1, "said"), (2, "stderr")):
+                os.dup2(os.open(f"{path}.{name}", os.O_WRONLY | os.O_CREAT | os.O_APPEND), number)
+            train_until_told(Path(path), int(steps), fork=fork == "True")
+            os._exit(0)
+        children.append(child)
+        say(child)
+    for child in children:
+        os.kill(child, signal.SIGKILL)
+        os.waitpid(child, 0)
+
+
+def train_until_told(path: Path, steps: int, *, fork: bool) -> None:
+    """Train until the file ``stop`` appears; close and resume the recording every so many steps.
+
+    Says every step, and "closed" at the end. With `fork`, a data loader's worker stays behind.
+    """
     import torch
 
     from normuon_lens.hooks import attach
+    from normuon_lens.hooks.feed import Feed
 
+    Feed.ask = committing_every(0.01)  # type: ignore[method-assign]
     model = torch.nn.Linear(6, 4, bias=False)
     torch.nn.init.zeros_(model.weight)
     optimizer = torch.optim.SGD(model.parameters(), RATE)
-    step = 0
-    with attach(model, optimizer, path, every=2, on_full="wait", quiet=True) as lens:
-        assert lens._feed
-        say(lens._feed.pid)
-        while not path.with_name("stop").exists():
-            step += 1
-            model.weight.grad = torch.from_numpy(-update_of(step) / np.float32(RATE))
-            optimizer.step()
-            lens.log(loss=step)
-            say(step)
-            time.sleep(0.001)
+    parent, stop = os.getppid(), path.with_name("stop")
+    while os.getppid() == parent and not stop.exists():
+        with attach(
+            model, optimizer, path, every=2, on_full="wait", quiet=True, resume=True
+        ) as lens:
+            if fork and not os.fork():
+                with suppress(AssertionError):
+                    wait_for(stop.exists)
+                path.with_name("worker ended").touch()
+                os._exit(0)
+            for step in range(lens.steps + 1, lens.steps + 1 + steps):
+                model.weight.grad = torch.from_numpy(-update_of(step) / np.float32(RATE))
+                optimizer.step()
+                lens.log(loss=step)
+                say(step)
+                time.sleep(0.001)
+                if os.getppid() != parent or stop.exists():
+                    break
+    say("closed")
+
+
+def committing_every(seconds: float) -> Callable[..., object]:
+    """Return what to put in place of ``Feed.ask`` to have recordings committed so often."""
+    from normuon_lens.hooks.feed import Feed
+
+    ask = Feed.ask
+
+    def ask_for_more(self: Feed, kind: str, header: dict[str, Any], *rest: Any) -> object:
+        for recording in header.get("recordings", ()):
+            recording["options"]["commit_seconds"] = seconds
+        return ask(self, kind, header, *rest)
+
+    return ask_for_more
+
+
+def helpers_of(trainer: int) -> list[int]:
+    """Return the process ids of the helpers that a trainer started, whether it lives or not."""
+    found = []
+    for folder in Path("/proc").glob("[0-9]*"):
+        with suppress(OSError):
+            words = (folder / "cmdline").read_bytes().split(b"\0")
+            if b"normuon_lens.runfile.helper" in words and str(trainer).encode() in words:
+                found.append(int(folder.name))
+    return found
+
+
+class Trainer(NamedTuple):
+    """A trainer that a nursery forked."""
+
+    pid: int
+    path: Path
+
+    def said(self) -> list[str]:
+        text = Path(f"{self.path}.said").read_text()
+        return text[: text.rfind("\n") + 1].split()
+
+    def kill(self) -> None:
+        os.kill(self.pid, signal.SIGKILL)
+
+    @property
+    def helper_gone(self) -> bool:
+        return not helpers_of(self.pid)
+
+
+@pytest.fixture(scope="module")
+def trainers() -> Iterator[Callable[..., Trainer]]:
+    """Start trainers; whatever of them and of their helpers is left at the end is killed."""
+    started = []
+    with subprocess.Popen(
+        [sys.executable, __file__, "nursery"],
+        stdin=subprocess.PIPE,
+        stdout=subprocess.PIPE,
+        text=True,
+        bufsize=1,
+    ) as process:
+        assert process.stdin
+        assert process.stdout
+        assert process.stdout.readline() == "ready\n"
+
+        def start(path: Path, steps: int = 1 << 30, *, fork: bool = False) -> Trainer:
+            assert process.stdin
+            process.stdin.write(f"{path} {steps} {fork}\n")
+            trainer = Trainer(int(stdout_of(process).readline()), path)
+            started.append(trainer)
+            wait_for(Path(f"{path}.stderr").exists)
+            return trainer
+
+        yield start
+    for trainer in started:
+        for helper in helpers_of(trainer.pid):
+            os.kill(helper, signal.SIGKILL)
 
 
 @contextmanager
-def running(what: Callable[[Path], None], path: Path) -> Iterator[subprocess.Popen[str]]:
-    with path.with_name("stderr").open("w") as stderr:
-        process = subprocess.Popen(
-            [sys.executable, __file__, what.__name__, str(path)],
-            stdout=subprocess.PIPE,
-            stderr=stderr,
-            text=True,
-        )
-        with process:
+def running_writer(path: Path) -> Iterator[subprocess.Popen[str]]:
+    command = [sys.executable, __file__, "write_for_ever", str(path)]
+    with subprocess.Popen(command, stdout=subprocess.PIPE, text=True) as process:
+        try:
             yield process
+        finally:
             process.kill()
 
 
@@ -124,7 +241,7 @@ def stdout_of(process: subprocess.Popen[str]) -> IO[str]:
     return process.stdout
 
 
-def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> None:
+def wait_for(what: Callable[[], bool], seconds: float = 60.0) -> None:
     deadline = time.monotonic() + seconds
     while not what():
         assert time.monotonic() < deadline, "it did not come"
@@ -138,7 +255,7 @@ def wait_for(what: Callable[[], bool], seconds: float = 10.0) -> None:
 def test_killed_writer_loses_nothing_that_was_committed(seed: int, tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     rng = random.Random(seed)
-    with running(write_for_ever, path) as process:
+    with running_writer(path) as process:
         stdout_of(process).readline()
         time.sleep(rng.uniform(0, 0.4))
         before = len(open_run(path).steps) if seed % 2 else 0
@@ -213,74 +330,106 @@ def test_writer_may_be_killed_before_any_of_its_file_operations(
 
 # -- the training --------------------------------------------------------------------------------
 
-
-def kill_helper(pid: int) -> None:
-    with suppress(ProcessLookupError):
-        os.kill(pid, signal.SIGKILL)
+AT_ONCE = 4
 
 
-@pytest.mark.parametrize("seed", range(2))
-def test_helper_finishes_the_recording_of_a_killed_trainer(seed: int, tmp_path: Path) -> None:
-    path = tmp_path / "x.h5"
-    with running(train_until_told, path) as process:
-        helper = int(stdout_of(process).readline())
-        stdout_of(process).readline()
-        time.sleep(random.Random(seed).uniform(0, 1.0))
-        process.kill()
-        last = int(stdout_of(process).read().split()[-1])
+@pytest.mark.parametrize("seed", range(9))
+def test_helper_finishes_the_recording_of_a_killed_trainer(
+    seed: int, tmp_path: Path, trainers: Callable[..., Trainer]
+) -> None:
+    rng = random.Random(seed)
+    # Also in the midst of closing and resuming, which is where a recording is packed.
+    begun = [
+        trainers(tmp_path / f"{i}.h5", *([SESSION] if i == AT_ONCE - 1 else []))
+        for i in range(AT_ONCE)
+    ]
+    lasts = []
+    for i, trainer in enumerate(begun):
+        if i:  # the first is killed while it attaches
+            wait_for(lambda trainer=trainer: bool(trainer.said()))
+        time.sleep(rng.uniform(0, 0.4))
+        trainer.kill()
+        wait_for(lambda trainer=trainer: not process_lives(trainer.pid))
+        lasts.append(int((trainer.said() or ["0"])[-1]))
+    for trainer, last in zip(begun, lasts, strict=True):
+        path = trainer.path
+        wait_for(lambda trainer=trainer: trainer.helper_gone)
+        if not last and not path.exists():
+            assert not parts_of(path).exists()
+            continue
+        assert not parts_of(path).exists(), "it is packed"
+        run = open_run(path)
+        # A step's row is handed over when the next step begins: the last is the trainer's own.
+        expect_exact(run, last - 1)
+        assert len(run.steps) <= last + 1
+        assert run.dropped == 0
+        if run.status != "finished":  # killed between two sessions
+            assert run.status == "interrupted"
+            step, kind, text = run.events[-1]
+            assert (step, kind) == (len(run.steps), "interrupted")
+            assert f"everything handed over until step {step} is kept" in text
+        assert Path(f"{path}.stderr").read_text() == ""
+
+
+def test_helper_ends_though_a_worker_of_its_killed_trainer_lives_on(
+    tmp_path: Path, trainers: Callable[..., Trainer]
+) -> None:
+    trainer = trainers(tmp_path / "x.h5", fork=True)
     try:
-        wait_for(lambda: not process_lives(helper))
+        wait_for(lambda: len(trainer.said()) > 20)
+        trainer.kill()
+        wait_for(lambda: not process_lives(trainer.pid))
+        wait_for(lambda: trainer.helper_gone)
+        assert not (tmp_path / "worker ended").exists()
     finally:
-        kill_helper(helper)
-    run = open_run(path)
-    assert not parts_of(path).exists(), "it is packed"
+        (tmp_path / "stop").touch()
+    run = open_run(trainer.path)
     assert run.status == "interrupted"
-    # A step's row is handed over when the next step begins: the last is the trainer's own.
-    expect_exact(run, last - 1)
-    assert len(run.steps) <= last + 1
+    expect_exact(run, int(trainer.said()[-1]) - 1)
+    wait_for((tmp_path / "worker ended").exists)
 
 
-def test_what_was_committed_survives_the_death_of_both(tmp_path: Path) -> None:
-    path = tmp_path / "x.h5"
-    with running(train_until_told, path) as process:
-        helper = int(stdout_of(process).readline())
-        wait_for(lambda: len(open_run(path).steps) > 0)
-        os.kill(helper, signal.SIGKILL)
-        process.kill()
-        committed = len(open_run(path).steps)
-        last = int(stdout_of(process).read().split()[-1])
+def test_what_was_committed_survives_the_death_of_both(
+    tmp_path: Path, trainers: Callable[..., Trainer]
+) -> None:
+    trainer = trainers(tmp_path / "x.h5")
+    wait_for(lambda: bool(trainer.said()) and len(open_run(trainer.path).steps) > 0)
+    (helper,) = helpers_of(trainer.pid)
+    os.kill(helper, signal.SIGKILL)
+    trainer.kill()
+    committed = len(open_run(trainer.path).steps)
     wait_for(lambda: not process_lives(helper))
-    run = open_run(path)
+    run = open_run(trainer.path)
     assert run.status == "interrupted"
     assert committed > 0
     expect_exact(run, committed)
-    assert len(run.steps) < last
+    assert len(run.steps) <= int(trainer.said()[-1])
 
 
-def test_training_goes_on_with_one_warning_when_the_helper_is_killed(tmp_path: Path) -> None:
-    path = tmp_path / "x.h5"
-    with running(train_until_told, path) as process:
-        helper = int(stdout_of(process).readline())
-        wait_for(lambda: len(open_run(path).steps) > 0)
-        os.kill(helper, signal.SIGKILL)
-        committed = len(open_run(path).steps)
-        for _ in range(100):
-            last = int(stdout_of(process).readline())
-        (tmp_path / "stop").touch()
-        wait_for(lambda: process.poll() is not None)
-        rest = stdout_of(process).read().split()
-    assert process.returncode == 0
-    said = (tmp_path / "stderr").read_text()
+def test_training_goes_on_with_one_warning_when_the_helper_is_killed(
+    tmp_path: Path, trainers: Callable[..., Trainer]
+) -> None:
+    trainer = trainers(tmp_path / "x.h5")
+    wait_for(lambda: bool(trainer.said()) and len(open_run(trainer.path).steps) > 0)
+    (helper,) = helpers_of(trainer.pid)
+    os.kill(helper, signal.SIGKILL)
+    committed = len(open_run(trainer.path).steps)
+    last = int(trainer.said()[-1])
+    wait_for(lambda: int(trainer.said()[-1]) > last + 100)
+    (tmp_path / "stop").touch()
+    wait_for(lambda: trainer.said()[-1] == "closed")
+    said = Path(f"{trainer.path}.stderr").read_text()
     assert said.count("RuntimeWarning") == 1
     assert "training goes on" in said
     assert "Traceback" not in said
-    run = open_run(path)
+    run = open_run(trainer.path)
     assert run.status == "interrupted"
     expect_exact(run, committed)
-    assert len(run.steps) < max([last, *map(int, rest)])
+    assert len(run.steps) < last + 100
 
 
 if __name__ == "__main__":
-    {"write_for_ever": write_for_ever, "train_until_told": train_until_told}[sys.argv[1]](
-        Path(sys.argv[2])
-    )
+    if sys.argv[1] == "nursery":
+        nursery()
+    else:
+        write_for_ever(Path(sys.argv[2]))

@@ -2,8 +2,10 @@
 
 from __future__ import annotations
 
+import fcntl
 import json
 import os
+import signal
 import subprocess
 import sys
 import warnings
@@ -16,7 +18,7 @@ import pytest
 
 from normuon_lens.errors import RunError
 from normuon_lens.metrics import rounding_noise
-from normuon_lens.runfile import Matrices, Matrix, helper, open_run, wire
+from normuon_lens.runfile import Matrices, Matrix, helper, made_up_run, open_run, wire
 from normuon_lens.runfile.helper import Helper
 from normuon_lens.runfile.schema import parts_of
 
@@ -39,25 +41,22 @@ class Bench:
         wire.write_message(self.memory, 0, wire.encode_header(kind, header, arrays), arrays)
         return self.helper.take(0)
 
-    def open(self, **options: Any) -> dict[str, Any]:
-        matrices = [vars(matrix) for matrix in TABLE]
-        header = {"path": str(self.path), "metadata": {"optimizer": "SGD"}, "matrices": matrices}
-        return self.send("open", {**header, "options": options})
+    def open(self, *paths: Path, **options: Any) -> dict[str, Any]:
+        return self.send("open", open_header(*(paths or (self.path,)), **options))
 
     def matrix(self, index: int, step: int, values: np.ndarray, **header: Any) -> None:
-        default = {"stage": "update", "spectrum": True, "keep": True, "weight_norm": 2.0}
+        default = {"run": 0, "stage": "update", "spectrum": True, "keep": True, "weight_norm": 2.0}
         noise = {"noise_norm": 0.0, "noise_dtype": "float32", "decay": 0.125}
         self.send(
             "matrix", {**default, **noise, "index": index, "step": step, **header}, values=values
         )
 
-    def step(self, step: int, dropped: int = 0) -> None:
-        header = {"step": step, "time": 1e9, "scalars": {"loss": 1.0}, "void": False}
+    def step(self, step: int, dropped: int = 0, run: int = 0) -> None:
         norms = np.full(TABLE.total_rows, step, np.float32)
-        self.send("step", {**header, "dropped": dropped}, update=norms)
+        self.send("step", step_header(step, dropped, run), update=norms)
 
-    def close(self) -> dict[str, Any]:
-        return self.send("close", {"status": "finished", "dropped": 0})
+    def close(self, *dropped: int) -> dict[str, Any]:
+        return self.send("close", {"status": "finished", "dropped": dropped or (0,)})
 
 
 @pytest.fixture
@@ -74,13 +73,13 @@ def update_of(i: int, step: int, dtype: str = "float32") -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_spectra_are_those_of_the_matrices_sent(bench: Bench, dtype: str) -> None:
-    assert bench.open() == {"opened": 0}
+    assert bench.open() == {"opened": [0]}
     for step in (1, 2):
         for i in range(len(TABLE)):
             bench.matrix(i, step, update_of(i, step, dtype))
         bench.step(step)
     answer = bench.close()
-    assert answer["closed"]["steps"] == 2
+    assert [closed["steps"] for closed in answer["closed"]] == [2]
     run = open_run(bench.path)
     for i, name in enumerate(TABLE.names):
         spectra = run.spectra(name)
@@ -191,13 +190,91 @@ def test_sample_whose_step_was_dropped_comes_with_the_next(bench: Bench) -> None
 def test_flush_makes_everything_visible(bench: Bench) -> None:
     bench.open()
     bench.step(1)
-    bench.send("event", {"step": 1, "kind": "note", "text": "here"})
+    bench.send("event", {"run": 0, "step": 1, "kind": "note", "text": "here"})
     assert open_run(bench.path).steps.tolist() == []
     assert bench.send("flush", {"ticket": 7}) == {"flushed": 7}
     run = open_run(bench.path)
     assert run.steps.tolist() == [1]
     assert run.events[0].text == "here"
     assert run.live
+
+
+def test_several_recordings_are_kept_apart(bench: Bench, tmp_path: Path) -> None:
+    paths = tmp_path / "x.h5", tmp_path / "y.h5"
+    assert bench.open(*paths) == {"opened": [0, 0]}
+    for step in (1, 2):
+        for run in (0, 1):
+            bench.matrix(0, step, (run + 1) * update_of(0, step), run=run)
+            bench.step(step, run=run)
+    bench.send("event", {"run": 1, "step": 2, "kind": "note", "text": "here"})
+    bench.step(3, run=1)
+    closed = bench.close(0, 5)["closed"]
+    assert [(x["path"], x["steps"], x["remark"]) for x in closed] == [
+        (str(paths[0]), 2, ""),
+        (str(paths[1]), 3, ""),
+    ]
+    runs = [open_run(path) for path in paths]
+    assert [run.dropped for run in runs] == [0, 5]
+    assert [[event.text for event in run.events] for run in runs] == [[], ["here"]]
+    for run, factor in zip(runs, (1, 2), strict=True):
+        np.testing.assert_array_equal(run.update("up", 2), factor * update_of(0, 2))
+        expected = factor * np.linalg.svd(update_of(0, 2).astype(float), compute_uv=False)
+        np.testing.assert_allclose(run.spectrum("up", 2), expected, rtol=1e-9)
+
+
+def test_recordings_open_together_or_not_at_all(bench: Bench, tmp_path: Path) -> None:
+    taken = tmp_path / "y.h5"
+    taken.write_text("precious")
+    with pytest.raises(RunError, match=r"y\.h5: exists already"):
+        bench.open(bench.path, taken)
+    assert list(tmp_path.iterdir()) == [taken]
+    with pytest.raises(RunError, match="not open"):
+        bench.step(1)
+    assert bench.open() == {"opened": [0]}
+
+
+def test_failure_of_one_recording_ends_all(bench: Bench, tmp_path: Path) -> None:
+    other = tmp_path / "y.h5"
+    bench.open(bench.path, other)
+    for step in (1, 2):
+        bench.step(step)
+        bench.step(step, run=1)
+    parts_of(other).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        bench.send("flush", {"ticket": 1})
+    bench.step(3)
+    bench.helper.abandon("No such file or directory")
+    assert open_run(bench.path).status == (
+        "stopped at step 2: No such file or directory; 1 step after it is lost"
+    )
+
+
+def test_finished_recording_stays_so_when_the_next_one_fails(bench: Bench, tmp_path: Path) -> None:
+    other = tmp_path / "y.h5"
+    bench.open(bench.path, other)
+    bench.step(1)
+    parts_of(other).rename(tmp_path / "elsewhere")
+    with pytest.raises(FileNotFoundError):
+        bench.close(0, 0)
+    bench.helper.abandon("No such file or directory")
+    run = open_run(bench.path)
+    assert (run.status, run.steps.tolist()) == ("finished", [1])
+    assert bench.helper.news() == {"committed": 1}
+
+
+def test_what_is_committed_is_told_once(bench: Bench, tmp_path: Path) -> None:
+    assert bench.helper.news() == {}
+    bench.open(bench.path, tmp_path / "y.h5")
+    assert bench.helper.news() == {"committed": 0}
+    bench.step(1)
+    bench.step(7, run=1)
+    assert bench.helper.news() == {}
+    bench.send("flush", {"ticket": 1})
+    assert bench.helper.news() == {"committed": 1}
+    assert bench.helper.news() == {}
+    bench.close(0, 0)
+    bench.open(bench.path, resume=True)
+    assert bench.helper.news() == {}, "still step 1"
 
 
 def test_step_before_the_recording_is_open_is_refused(bench: Bench) -> None:
@@ -212,7 +289,7 @@ def test_process_commits_what_it_had_when_its_trainer_vanishes(tmp_path: Path) -
     path = tmp_path / "x.h5"
     process, send = start_process()
     send("open", open_header(path))
-    send("step", {"step": 1, "time": 0.0, "scalars": {}, "void": False, "dropped": 3})
+    send("step", step_header(1, dropped=3))
     stdout, stderr = process.communicate(timeout=20)
     assert process.returncode == 0, stderr
     assert [json.loads(line).get("ack") for line in stdout.splitlines()] == [1, 2]
@@ -220,7 +297,104 @@ def test_process_commits_what_it_had_when_its_trainer_vanishes(tmp_path: Path) -
     assert run.steps.tolist() == [1]
     assert run.status == "interrupted"
     assert run.dropped == 3
+    assert run.events == [
+        (
+            1,
+            "interrupted",
+            "the training process ended without closing the recording; "
+            "everything handed over until step 1 is kept",
+        )
+    ]
     assert not parts_of(path).exists()
+
+
+def test_process_ends_with_its_trainer_though_the_pipes_stay_open(tmp_path: Path) -> None:
+    # A trainer that died before we came to ask for our parent: it never was this process.
+    process, send = start_process(trainer=2**22 + 1)
+    send("open", open_header(tmp_path / "x.h5"))
+    send("step", step_header(1))
+    assert process.wait(timeout=20) == 0
+    process.communicate()
+    assert open_run(tmp_path / "x.h5").status == "interrupted"
+
+
+@pytest.mark.parametrize("resume", [False, True])
+def test_process_leaves_nothing_of_a_training_that_ended_before_its_first_step(
+    resume: bool, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.h5"
+    if resume:
+        made_up_run(path)
+    before = [(file.name, file.read_bytes()) for file in tmp_path.iterdir()]
+    header = open_header(path, resume=True)
+    if resume:
+        run = open_run(path)
+        header["recordings"][0]["matrices"] = [vars(matrix) for matrix in run.table]
+    process, send = start_process()
+    send("open", header)
+    stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (0, b"")
+    assert "opened" in json.loads(stdout.splitlines()[0])
+    assert [(file.name, file.read_bytes()) for file in tmp_path.iterdir()] == before
+
+
+def test_process_ends_with_its_trainer_though_nobody_reads_its_answers(tmp_path: Path) -> None:
+    process, send = start_process(trainer=2**22 + 1)
+    assert process.stdin
+    assert process.stdout
+    fcntl.fcntl(process.stdout, fcntl.F_SETPIPE_SZ, 4096)
+    send("open", open_header(tmp_path / "x.h5"))
+    for number in range(1000):
+        process.stdin.write(wire.PLACE.pack(0, 0, 1000 + number))
+    send("step", step_header(1))
+    assert process.wait(timeout=20) == 0
+    process.communicate()
+    assert open_run(tmp_path / "x.h5").steps.tolist() == [1]
+
+
+def test_process_leaves_the_signals_of_a_job_to_its_trainer(tmp_path: Path) -> None:
+    process, send = start_process()
+    send("open", open_header(tmp_path / "x.h5"))
+    assert process.stdout
+    assert json.loads(process.stdout.readline())["opened"] == [0]
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        process.send_signal(number)
+    send("step", step_header(1))
+    send("close", {"status": "finished", "dropped": [0]})
+    stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (0, b"")
+    assert json.loads(stdout.splitlines()[-1])["closed"][0]["steps"] == 1
+
+
+@pytest.mark.parametrize(
+    ("kind", "header", "says"),
+    [
+        ("nonsense", {"run": 0}, "KeyError: 'nonsense'"),
+        ("step", {"run": 5}, "IndexError: list index out of range"),
+        ("step", {"run": 0}, "KeyError: 'step'"),
+        ("matrix", {"run": "0"}, "TypeError: list indices"),
+        (None, {}, "JSONDecodeError: Expecting value"),
+        (b"\xff" * 64, {}, "Error: "),
+    ],
+)
+def test_process_says_in_one_line_what_it_cannot_understand(
+    kind: Any, header: dict[str, Any], says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.h5"
+    process, send = start_process()
+    send("open", open_header(path))
+    send("step", step_header(1))
+    send("flush", {"ticket": 0})
+    send("step", step_header(2))
+    send(kind, header)
+    stdout, stderr = process.communicate(timeout=20)
+    assert (process.returncode, stderr) == (1, b"")
+    answers = [json.loads(line) for line in stdout.splitlines()]
+    assert says in answers[-1]["error"]
+    assert [answer["committed"] for answer in answers if "committed" in answer] == [0, 1]
+    run = open_run(path)
+    assert run.steps.tolist() == [1]
+    assert run.status == (f"stopped at step 1: {answers[-1]['error']}; 1 step after it is lost")
 
 
 def test_process_reports_an_error_in_one_line(tmp_path: Path) -> None:
@@ -234,16 +408,28 @@ def test_process_reports_an_error_in_one_line(tmp_path: Path) -> None:
     assert (tmp_path / "x.h5").read_text() == "precious"
 
 
-def open_header(path: Path) -> dict[str, Any]:
-    matrices = [vars(matrix) for matrix in TABLE]
-    return {"path": str(path), "metadata": {}, "matrices": matrices, "options": {}}
+def open_header(*paths: Path, **options: Any) -> dict[str, Any]:
+    same = {
+        "metadata": {"optimizer": "SGD"},
+        "matrices": [vars(matrix) for matrix in TABLE],
+        "options": options,
+    }
+    return {"recordings": [{"path": str(path), **same} for path in paths]}
 
 
-def start_process() -> tuple[subprocess.Popen[bytes], Callable[[str, dict[str, Any]], None]]:
+def step_header(step: int, dropped: int = 0, run: int = 0) -> dict[str, Any]:
+    header = {"step": step, "time": 1e9, "scalars": {"loss": 1.0}, "void": False}
+    return {**header, "run": run, "dropped": dropped}
+
+
+def start_process(
+    trainer: int | None = None,
+) -> tuple[subprocess.Popen[bytes], Callable[[Any, dict[str, Any]], None]]:
     """Start a helper process; messages are acknowledged by their number."""
     descriptor, memory = wire.create_memory(SIZE)
+    arguments = trainer or os.getpid(), descriptor, SIZE
     process = subprocess.Popen(
-        [sys.executable, "-m", "normuon_lens.runfile.helper", str(descriptor), str(SIZE)],
+        [sys.executable, "-m", "normuon_lens.runfile.helper", *map(str, arguments)],
         stdin=subprocess.PIPE,
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
@@ -252,10 +438,16 @@ def start_process() -> tuple[subprocess.Popen[bytes], Callable[[str, dict[str, A
     os.close(descriptor)
     numbers = iter(range(1, 100))
 
-    def send(kind: str, header: dict[str, Any]) -> None:
+    def send(kind: Any, header: dict[str, Any]) -> None:
+        """Send a message; instead of its kind, bytes to put in its place, or None for nothing."""
         number = next(numbers)
         offset = 8192 * (number - 1)
-        length = wire.write_message(memory, offset, wire.encode_header(kind, header, {}), {})
+        if isinstance(kind, str):
+            length = wire.write_message(memory, offset, wire.encode_header(kind, header, {}), {})
+        else:
+            content = kind or bytes(64)
+            memory[offset : offset + len(content)] = content
+            length = len(content)
         assert process.stdin
         process.stdin.write(wire.PLACE.pack(offset, length, number))
         process.stdin.flush()

@@ -4,6 +4,9 @@ from __future__ import annotations
 
 import json
 import os
+import shutil
+import signal
+from collections.abc import Callable
 from pathlib import Path
 from typing import NamedTuple
 
@@ -335,10 +338,140 @@ def test_failed_commit_leaves_what_was_committed(
         write_steps(writer, range(11, 21))
         with pytest.raises(OSError, match="No space"):
             writer.commit()
-    writer.abandon("stopped: No space left on device")
+    writer.abandon("No space left on device")
     expect_steps(path, list(range(1, 11)))
-    assert open_run(path).status == "stopped: No space left on device"
+    assert open_run(path).status == (
+        "stopped at step 10: No space left on device; 10 steps after it are lost"
+    )
     assert not list(parts_of(path).glob("*.tmp"))
+
+
+@pytest.mark.parametrize(
+    ("committed", "pending", "says"),
+    [
+        (0, 0, "stopped at step 0: it rained"),
+        (3, 0, "stopped at step 3: it rained"),
+        (3, 1, "stopped at step 3: it rained; 1 step after it is lost"),
+        (3, 5, "stopped at step 3: it rained; 5 steps after it are lost"),
+    ],
+)
+def test_abandoned_recording_says_how_far_it_came(
+    committed: int, pending: int, says: str, tmp_path: Path
+) -> None:
+    path = tmp_path / "x.h5"
+    writer = Writer(path, {}, TABLE)
+    write_steps(writer, range(1, 1 + committed))
+    writer.commit()
+    assert writer.committed == committed
+    write_steps(writer, range(1 + committed, 1 + committed + pending))
+    assert (writer.committed, writer.last_step) == (committed, committed + pending)
+    writer.abandon("it rained")
+    run = open_run(path)
+    assert run.status == says
+    assert run.steps.tolist() == list(range(1, 1 + committed))
+    assert not {"lock", "reserve"} & {file.name for file in parts_of(path).iterdir()}
+
+
+def test_recording_that_somebody_removed_keeps_nothing(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    write_steps(writer := Writer(path, {}, TABLE), range(1, 4))
+    writer.commit()
+    shutil.rmtree(parts_of(path))
+    write_steps(writer, range(4, 6))
+    with pytest.raises(FileNotFoundError):
+        writer.commit()
+    writer.abandon("No such file or directory")
+    assert writer.committed == 0
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_reserve_takes_its_room_until_the_recording_ends(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    reserve = parts_of(path) / "reserve"
+    writer = Writer(path, {}, TABLE)
+    assert reserve.stat().st_blocks * 512 >= 64 << 10
+    _let_the_writer_die(path)
+    writer = Writer(path, {}, TABLE, resume=True)
+    assert reserve.stat().st_blocks * 512 >= 64 << 10
+    write_steps(writer, range(1, 4))
+    writer.close(pack=False)
+    assert not reserve.exists()
+    expect_steps(path, [1, 2, 3])
+
+
+@pytest.mark.parametrize("before", ["nothing", "a file", "parts"])
+def test_discarded_opening_leaves_everything_as_it_was(before: str, tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    if before != "nothing":
+        writer = Writer(path, {}, TABLE)
+        for step in range(1, 16):  # one more segment, and all of them are merged
+            write_steps(writer, range(step, step + 1))
+            writer.commit()
+        if before == "a file":
+            writer.close()
+        else:
+            writer.abandon("it rained")
+    status = open_run(path).status if before != "nothing" else ""
+    found = sorted(tmp_path.rglob("*"))
+    Writer(path, {}, TABLE, resume=True).discard()
+    assert sorted(tmp_path.rglob("*")) == found
+    if before != "nothing":
+        expect_steps(path, list(range(1, 16)))
+        assert open_run(path).status == status
+        assert not open_run(path).events
+    write_steps(writer := Writer(path, {}, TABLE, resume=True), range(16, 18))
+    writer.close()
+
+
+def test_status_and_events_survive_packing(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    for text in ("first", "größer als π"):
+        writer = Writer(path, {}, TABLE, resume=True)
+        writer.event(3, "note", text)
+        writer.close(f"interrupted: {text}")
+    run = open_run(path)
+    assert run.status == "interrupted: größer als π"
+    assert [event.text for event in run.events] == ["first", "recording resumed", "größer als π"]
+    assert not parts_of(path).exists()
+
+
+# Python 3.12 warns of forks beside threads, which a helper has none of.
+forking = pytest.mark.filterwarnings("ignore:This process:DeprecationWarning")
+
+
+@forking
+def test_packing_in_a_fork_gives_the_same_file(tmp_path: Path) -> None:
+    write_steps(writer := Writer(tmp_path / "x.h5", {}, TABLE, apart=True), range(1, 31))
+    assert writer.close().remark == ""
+    expect_steps(tmp_path / "x.h5", list(range(1, 31)))
+
+
+@forking
+@pytest.mark.parametrize(
+    ("accident", "says"),
+    [
+        (lambda: os.kill(os.getpid(), signal.SIGKILL), "exit code -9"),
+        (lambda: _disk_full(0), "No space left on device"),
+    ],
+)
+def test_crash_of_packing_keeps_the_parts(
+    accident: Callable[[], None], says: str, tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    path = tmp_path / "x.h5"
+    write_steps(writer := Writer(path, {}, TABLE, apart=True), range(1, 31))
+
+    def write_half(self: Writer, temporary: Path, status: str) -> None:
+        temporary.write_bytes(b"half")
+        accident()
+
+    monkeypatch.setattr(Writer, "_write_packed", write_half)
+    remark = writer.close().remark
+    assert "kept in parts: the packed file could not be written" in remark
+    assert says in remark
+    assert not list(tmp_path.rglob("*.tmp"))
+    assert not path.exists()
+    expect_steps(path, list(range(1, 31)))
+    assert open_run(path).status == "finished"
 
 
 def test_metadata_that_is_too_long_is_refused(tmp_path: Path) -> None:

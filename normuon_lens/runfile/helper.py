@@ -1,4 +1,4 @@
-"""The helper process: takes what the trainer sends, measures spectra, writes the recording.
+"""The helper process: takes what the trainer sends, measures spectra, writes the recordings.
 
 Started as ``python -m normuon_lens.runfile.helper`` by a recorder, never by hand. A separate
 process, because a thread would slow the training down, because HDF5 on a full disk kills the
@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
 from typing import Any
@@ -25,9 +26,11 @@ from normuon_lens.metrics.spectrum import rounding_noise, singular_values
 from normuon_lens.runfile.manifest import INTERRUPTED
 from normuon_lens.runfile.schema import Matrices, Matrix
 from normuon_lens.runfile.wire import PLACE, Message, read_message
-from normuon_lens.runfile.writer import Writer
+from normuon_lens.runfile.writer import Closed, Writer
 
 TICK_SECONDS = 0.5
+MAX_REASON = 1000
+"""Characters of an error's text that are passed on."""
 
 
 class Sample:
@@ -40,69 +43,53 @@ class Sample:
         self.decay = np.full(len(matrices), np.nan)
 
 
-class Helper:
-    """Takes messages one by one and keeps the recording.
+class Recording:
+    """One of the recordings that a helper keeps: its writer, and the samples still coming in.
 
     Parameters
     ----------
-    memory : mmap
-        The shared memory that messages lie in.
+    path : str
+        Where the finished recording shall lie.
+    metadata : mapping
+        What describes the run.
+    matrices : sequence of mapping
+        The table of matrices, row by row.
+    options : mapping
+        Further arguments of :class:`Writer`.
+
+    Raises
+    ------
+    RunError
+        If it cannot be recorded there; nothing is left behind then.
     """
 
-    def __init__(self, memory: mmap.mmap) -> None:
-        self._memory = memory
-        self._writer: Writer | None = None
-        self._matrices = Matrices([])
+    def __init__(
+        self,
+        path: str,
+        metadata: Mapping[str, Any],
+        matrices: list[dict[str, Any]],
+        options: Mapping[str, Any],
+    ) -> None:
+        self._matrices = Matrices([Matrix(**row) for row in matrices])
         self._samples: dict[tuple[str, int], Sample] = {}
+        self.writer = Writer(Path(path), metadata, self._matrices, apart=True, **options)
 
-    def take(self, offset: int) -> dict[str, Any]:
-        """Handle the message at `offset`; returns what to answer besides the acknowledgement."""
-        message = read_message(self._memory, offset)
-        answer: dict[str, Any] | None = getattr(self, f"_on_{message.kind}")(message)
-        return answer or {}
-
-    def tick(self) -> None:
-        """Commit what is due."""
-        if self._writer:
-            self._writer.tick()
-
-    def finish(self, status: str) -> dict[str, Any]:
-        """Commit and pack; returns what was recorded."""
-        if self._writer is None:
-            return {}
-        writer = self._writer
-        self._end_samples(writer)
-        closed = writer.close(status)
-        self._writer = None
-        return {"closed": {**closed._asdict(), "path": str(closed.path)}}
-
-    def abandon(self, reason: str) -> None:
-        """Stop without writing more: what is committed stays, the run's status says why."""
-        if self._writer:
-            self._writer.abandon(f"stopped: {reason}")
-
-    def _on_open(self, message: Message) -> dict[str, Any]:
+    def step(self, message: Message) -> None:
+        """Add a step's row."""
         header = message.header
-        self._matrices = Matrices([Matrix(**row) for row in header["matrices"]])
-        self._writer = Writer(
-            Path(header["path"]), header["metadata"], self._matrices, **header["options"]
-        )
-        return {"opened": self._writer.last_step}
-
-    def _on_step(self, message: Message) -> None:
-        header = message.header
-        self._open_writer.step(
+        self.writer.step(
             header["step"],
             header["time"],
             scalars=header["scalars"],
             norms=message.arrays,
             void=header["void"],
         )
-        self._open_writer.dropped(header["dropped"])
+        self.writer.dropped(header["dropped"])
         # A step's row follows its matrices, so whatever was sent of its sample has come.
-        self._end_samples(self._open_writer, header["step"])
+        self._end_samples(header["step"])
 
-    def _on_matrix(self, message: Message) -> None:
+    def matrix(self, message: Message) -> None:
+        """Measure a matrix, keep it, or both."""
         header, values = message.header, message.arrays["values"]
         stage, step, i = header["stage"], header["step"], header["index"]
         if header["spectrum"]:
@@ -116,30 +103,28 @@ class Helper:
             sample.weight_norm[i] = header["weight_norm"]
             sample.decay[i] = header["decay"]
         if header["keep"]:
-            self._open_writer.matrix(stage, i, step, values)
+            self.writer.matrix(stage, i, step, values)
 
-    def _on_event(self, message: Message) -> None:
-        self._open_writer.event(**message.header)
-
-    def _on_flush(self, message: Message) -> dict[str, Any]:
-        self._open_writer.commit()
-        return {"flushed": message.header["ticket"]}
-
-    def _on_close(self, message: Message) -> dict[str, Any]:
-        self._open_writer.dropped(message.header["dropped"])
-        return self.finish(message.header["status"])
+    def event(self, message: Message) -> None:
+        """Add an event."""
+        header = message.header
+        self.writer.event(header["step"], header["kind"], header["text"])
 
     @property
-    def _open_writer(self) -> Writer:
-        if self._writer is None:
-            raise RunError("the recording is not open")
-        return self._writer
+    def untouched(self) -> bool:
+        """Whether nothing came since the opening."""
+        return self.writer.untouched and not self._samples
 
-    def _end_samples(self, writer: Writer, until: int | None = None) -> None:
+    def close(self, status: str) -> Closed:
+        """Commit and pack."""
+        self._end_samples()
+        return self.writer.close(status)
+
+    def _end_samples(self, until: int | None = None) -> None:
         for stage, step in list(self._samples):
             if until is None or step <= until:
                 sample = self._samples.pop((stage, step))
-                writer.spectra(
+                self.writer.spectra(
                     stage,
                     step,
                     sample.sigma,
@@ -149,11 +134,163 @@ class Helper:
                 )
 
 
-def main(descriptor: int, size: int) -> int:
-    """Serve one trainer until it closes the recording or is gone.
+class Helper:
+    """Takes messages one by one and keeps the recordings.
 
     Parameters
     ----------
+    memory : mmap
+        The shared memory that messages lie in.
+    """
+
+    def __init__(self, memory: mmap.mmap) -> None:
+        self._memory = memory
+        self._recordings: list[Recording] = []
+        self._first: Recording | None = None
+        self._told = -1
+
+    def take(self, offset: int) -> dict[str, Any]:
+        """Handle the message at `offset`; returns what to answer besides the acknowledgement."""
+        message = read_message(self._memory, offset)
+        if message.kind == "open":
+            return self._open(message.header["recordings"])
+        if message.kind == "flush":
+            for recording in self._opened:
+                recording.writer.commit()
+            return {"flushed": message.header["ticket"]}
+        if message.kind == "close":
+            for recording, dropped in zip(self._opened, message.header["dropped"], strict=True):
+                recording.writer.dropped(dropped)
+            return {"closed": self._discard() or self._close(message.header["status"])}
+        recording = self._opened[message.header["run"]]
+        handle: dict[str, Callable[[Message], None]] = {
+            "step": recording.step,
+            "matrix": recording.matrix,
+            "event": recording.event,
+        }
+        handle[message.kind](message)
+        return {}
+
+    def tick(self) -> None:
+        """Commit what is due."""
+        for recording in self._recordings:
+            recording.writer.tick()
+
+    def news(self) -> dict[str, Any]:
+        """Return the last committed step of the first recording as an answer, once."""
+        if self._first is None or self._told == self._first.writer.committed:
+            return {}
+        self._told = self._first.writer.committed
+        return {"committed": self._told}
+
+    def interrupted(self) -> None:
+        """Commit and pack what came from a trainer that is gone; without a step, leave nothing."""
+        self._discard()
+        for recording in self._recordings:
+            step = recording.writer.last_step
+            text = "the training process ended without closing the recording; "
+            text += f"everything handed over until step {step} is kept"
+            recording.writer.event(step, INTERRUPTED, text)
+        self._close(INTERRUPTED)
+
+    def abandon(self, reason: str) -> None:
+        """Stop without writing more: what is committed stays, each run's status says why."""
+        for recording in self._recordings:
+            recording.writer.abandon(reason)
+
+    def _open(self, asked: list[dict[str, Any]]) -> dict[str, Any]:
+        opened: list[Recording] = []
+        try:
+            for recording in asked:
+                opened.append(Recording(**recording))
+        except Exception:
+            for recording_so_far in opened:
+                recording_so_far.writer.discard()
+            raise
+        self._recordings, self._first = opened, opened[0]
+        return {"opened": [recording.writer.last_step for recording in opened]}
+
+    def _discard(self) -> list[dict[str, Any]]:
+        """Leave nothing of recordings without a step: they would only be in the way of the next."""
+        if not all(recording.untouched for recording in self._recordings):
+            return []
+        discarded = []
+        for recording in self._recordings:
+            recording.writer.discard()
+            path = str(recording.writer.path)
+            discarded.append({"path": path, "bytes": 0, "steps": 0, "remark": ""})
+        self._recordings = []
+        return discarded
+
+    def _close(self, status: str) -> list[dict[str, Any]]:
+        closed = []
+        while self._recordings:
+            done = self._recordings[0].close(status)
+            closed.append({**done._asdict(), "path": str(done.path)})
+            del self._recordings[0]  # it is finished, whatever becomes of the others
+        return closed
+
+    @property
+    def _opened(self) -> list[Recording]:
+        if not self._recordings:
+            raise RunError("the recording is not open")
+        return self._recordings
+
+
+class Trainer:
+    """The process at the other end of our standard input and output.
+
+    Parameters
+    ----------
+    pid : int
+        Its process id: we are its child for as long as it lives.
+    """
+
+    def __init__(self, pid: int) -> None:
+        self._pid = pid
+        # Numerical libraries print now and then: not among the answers.
+        self._output = os.dup(1)
+        os.dup2(2, 1)
+        os.set_blocking(self._output, False)
+
+    @property
+    def gone(self) -> bool:
+        """Whether it ended. Its pipes may live on in a process that it forked."""
+        return os.getppid() != self._pid
+
+    def next_place(self) -> tuple[int, ...] | None:
+        """Wait a moment for the place of a message; empty if none came, None at the end."""
+        ready, _, _ = select.select([0], [], [], TICK_SECONDS)
+        if not ready:
+            return None if self.gone else ()
+        content = b""
+        while len(content) < PLACE.size:
+            piece = os.read(0, PLACE.size - len(content))
+            if not piece:
+                return None
+            content += piece
+        return PLACE.unpack(content)
+
+    def answer(self, **answer: Any) -> None:
+        """Say something; when nobody listens any more, the recording goes on to its end."""
+        line = json.dumps(answer).encode() + b"\n"
+        with suppress(BrokenPipeError):
+            while line:
+                try:
+                    line = line[os.write(self._output, line) :]
+                except BlockingIOError:
+                    if self.gone:
+                        return
+                    select.select([], [self._output], [], TICK_SECONDS)
+
+
+def main(trainer_pid: int, descriptor: int, size: int) -> int:
+    """Serve one trainer until it closes its recordings or is gone.
+
+    Parameters
+    ----------
+    trainer_pid : int
+        Process id of the trainer, from itself: one that died meanwhile is our parent no more.
     descriptor, size : int
         The inherited shared memory.
 
@@ -162,52 +299,45 @@ def main(descriptor: int, size: int) -> int:
     int
         Exit code: 0, or 1 after an error that was reported to the trainer.
     """
-    # Ctrl-C is the trainer's affair; it tells us how the recording ends.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    # What ends a job goes to all of its processes: how the recording ends is the trainer's affair.
+    for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
+        signal.signal(number, signal.SIG_IGN)
     os.nice(10)
-    trainer = os.getppid()
+    trainer = Trainer(trainer_pid)
     helper = Helper(mmap.mmap(descriptor, size))
     try:
-        while True:
-            # A forked child of the trainer may hold the pipe open, so the parent is watched too.
-            ready, _, _ = select.select([0], [], [], TICK_SECONDS)
-            if ready:
-                place = _read_exactly(PLACE.size)
-                if place is None:
-                    break
-                offset, _, position = PLACE.unpack(place)
-                answer = helper.take(offset)
-                _answer(ack=position, **answer)
-                if "closed" in answer:
-                    return 0
-            elif os.getppid() != trainer:
-                break
-            helper.tick()
-        helper.finish(INTERRUPTED)
-        return 0
-    except (LensError, OSError, MemoryError) as error:
-        reason = error.strerror if isinstance(error, OSError) and error.strerror else str(error)
-        helper.abandon(reason or type(error).__name__)
-        _answer(error=reason or type(error).__name__)
+        return _serve(trainer, helper)
+    except Exception as error:
+        reason = _in_one_line(error)
+        with suppress(Exception):
+            helper.abandon(reason)
+        trainer.answer(error=reason, **helper.news())
         return 1
 
 
-def _read_exactly(size: int) -> bytes | None:
-    """Read `size` bytes from the trainer; None when it is gone."""
-    content = b""
-    while len(content) < size:
-        piece = os.read(0, size - len(content))
-        if not piece:
-            return None
-        content += piece
-    return content
+def _serve(trainer: Trainer, helper: Helper) -> int:
+    while (place := trainer.next_place()) is not None:
+        if place:
+            offset, length, position = place
+            answer = helper.take(offset) if length else {}
+            trainer.answer(ack=position, **answer, **helper.news())
+            if "closed" in answer:
+                return 0
+        helper.tick()
+        if news := helper.news():
+            trainer.answer(**news)
+    helper.interrupted()
+    return 0
 
 
-def _answer(**answer: Any) -> None:
-    # When nobody listens any more, the recording goes on to its end.
-    with suppress(BrokenPipeError):
-        os.write(1, json.dumps(answer).encode() + b"\n")
+def _in_one_line(error: Exception) -> str:
+    if isinstance(error, OSError) and error.strerror:
+        return error.strerror
+    text = " ".join(str(error).split())
+    kind = type(error).__name__
+    said = text if isinstance(error, LensError) and text else f"{kind}: {text}".rstrip(": ")
+    return said[:MAX_REASON]
 
 
 if __name__ == "__main__":
-    sys.exit(main(int(sys.argv[1]), int(sys.argv[2])))
+    sys.exit(main(*map(int, sys.argv[1:])))

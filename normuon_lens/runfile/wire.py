@@ -19,7 +19,9 @@ from typing import Any, NamedTuple
 import numpy as np
 
 PLACE = struct.Struct("<QQQ")
-"""Offset, length, and the sender's position after it (bytes; position grows for ever)."""
+"""Offset, length, and the sender's position after it (bytes; position grows for ever).
+
+A place of length 0 holds no message: it only asks how far the sender's messages were taken."""
 
 _LENGTH = struct.Struct("<Q")
 _ALIGN = 64

@@ -11,7 +11,7 @@ import os
 import shutil
 import time
 import uuid
-from collections.abc import Mapping, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -23,6 +23,7 @@ from normuon_lens.errors import RunError
 from normuon_lens.runfile.guard import damage, open_guarded
 from normuon_lens.runfile.manifest import (
     FINISHED,
+    NAME,
     Entry,
     Manifest,
     process_lives,
@@ -41,6 +42,8 @@ MERGE_LIMIT = 64 << 20
 it is. So no recording has more files than its bytes over half of this, and some."""
 PACK_LIMIT = 16 << 30
 """A recording beyond this many bytes stays in parts on close."""
+RESERVE, RESERVE_BYTES = "reserve", 64 << 10
+"""A file given up when recording fails: a full disk then has room to say that it is full."""
 
 
 class Closed(NamedTuple):
@@ -71,17 +74,22 @@ class Writer:
         Shuffle and gzip the packed file.
     commit_seconds, commit_bytes : float, int
         A commit happens when either is reached.
+    apart : bool
+        Pack in a forked process: a disk that refuses may make HDF5 crash there. Only where this
+        process has no threads.
 
     Attributes
     ----------
     last_step : int
-        The last step of the recording that is resumed; 0 for a new one.
+        The last step that was added; after opening, that of the recording resumed, or 0.
+    committed : int
+        The last step that is committed; 0 if there is none.
 
     Raises
     ------
     RunError
         If `path` exists already, another trainer records there, the folder cannot be written,
-        or the recording to resume is of other matrices.
+        or the recording to resume is of other matrices. Everything is then as it was before.
     """
 
     def __init__(
@@ -95,6 +103,7 @@ class Writer:
         compress: bool = False,
         commit_seconds: float = COMMIT_SECONDS,
         commit_bytes: int = COMMIT_BYTES,
+        apart: bool = False,
     ) -> None:
         self.path = path
         self._parts = parts_of(path)
@@ -105,19 +114,27 @@ class Writer:
         self._compress = compress
         self._commit_seconds = commit_seconds
         self._commit_bytes = commit_bytes
+        self._apart = apart
         self._token = uuid.uuid4().hex[:8]
         self._count = 0
         self.last_step = 0
         self._dropped_before = 0
+        self._locked = False
+        self._found: Manifest | None = None
         self._clear()
         try:
             self._manifest = self._claim()
+            self.committed = self.last_step
             if resume and (self._manifest.segments or path.exists()):
                 self.event(self.last_step, "resumed", "recording resumed")
             # A first segment without steps: readers know the run and its matrices from the start.
             self._commit()
-        except OSError as error:
-            self._unlock()
+        except RunError:  # it is somebody else's: nothing of ours is there yet
+            raise
+        except Exception as error:
+            self.discard()
+            if not isinstance(error, OSError):
+                raise
             raise RunError(
                 f"{path}: cannot record there ({error.strerror or error}); "
                 "choose a folder that can be written"
@@ -150,6 +167,7 @@ class Writer:
             Whether the step moved nothing.
         """
         self._steps.append((step, time, void))
+        self.last_step = step
         self._scalars.append(dict(scalars))
         self._norms.append({stage: np.asarray(row, np.float32) for stage, row in norms.items()})
         self._bytes += 64 + sum(row.nbytes for row in self._norms[-1].values())
@@ -205,6 +223,11 @@ class Writer:
         """Add something that happened to the recording."""
         self._events.append(Event(step, kind, text))
 
+    @property
+    def untouched(self) -> bool:
+        """Whether nothing was added since the opening."""
+        return self._count == 1 and not (self._bytes or self._events)
+
     def dropped(self, samples: int) -> None:
         """Set how many samples were lost since this writer began: recording could not keep up."""
         self._manifest.dropped = self._dropped_before + samples
@@ -221,6 +244,7 @@ class Writer:
         """Make all records so far durable and visible; OSError when the disk refuses."""
         if self._bytes or self._events:
             self._commit()
+            self._merge()
 
     def close(self, status: str = FINISHED, *, pack: bool = True) -> Closed:
         """Commit, then pack the parts into the file at :attr:`path`.
@@ -238,23 +262,40 @@ class Writer:
         """
         self._manifest.status = status
         self._commit()
+        self._merge()
         remark = self._pack(status) if pack else ""
         self._unlock()
         steps = sum(entry.rows for entry in self._manifest.segments)
         return Closed(self.path, self._size(), steps, remark)
 
-    def abandon(self, status: str) -> None:
+    def abandon(self, reason: str) -> None:
         """Stop recording after a failure; what is committed stays readable.
 
         Parameters
         ----------
-        status : str
-            Why, for the run's status.
+        reason : str
+            For the run's status, which also says how far it came and what is lost.
         """
-        self._manifest.status = status
+        lost = len(self._steps)
+        text = f"; {lost} step{'s' * (lost > 1)} after it {'are' if lost > 1 else 'is'} lost"
+        self._manifest.status = f"stopped at step {self.committed}: {reason}{text if lost else ''}"
         # The disk that refused a segment may refuse this too; readers then see "interrupted".
         with suppress(OSError):
+            (self._parts / RESERVE).unlink(missing_ok=True)
             self._manifest.save(self._parts)
+        if not (self._parts / NAME).exists():  # somebody removed the recording
+            self.committed = 0
+        self._unlock()
+
+    def discard(self) -> None:
+        """Undo the opening: a new recording leaves nothing, a resumed one is as it was found."""
+        with suppress(OSError):
+            if self._found:
+                self._found.save(self._parts)
+            elif self._locked:
+                (self._parts / NAME).unlink(missing_ok=True)
+            for mine in self._parts.glob(f"segment-{self._token}-*"):
+                mine.unlink()
         self._unlock()
 
     # -- how ---------------------------------------------------------------------------------
@@ -265,12 +306,14 @@ class Writer:
         entry = self._add(self._image([segment]), segment.rows, steps, level=0)
         self._manifest.segments.append(entry)
         self._manifest.save(self._parts)
+        self.committed = entry.last if steps else self.committed
         self._clear()
-        self._merge()
 
     def _unlock(self) -> None:
         with suppress(OSError):
-            (self._parts / "lock").unlink(missing_ok=True)
+            if self._locked:
+                (self._parts / RESERVE).unlink(missing_ok=True)
+                (self._parts / "lock").unlink(missing_ok=True)
             self._parts.rmdir()  # only if nothing was recorded
 
     def _claim(self) -> Manifest:
@@ -284,11 +327,12 @@ class Writer:
             )
         if parts.exists():
             self._take_over()
-        manifest = Manifest.load(parts)
+        self._found = manifest = Manifest.load(parts)
         self._continue(manifest)
         parts.mkdir(exist_ok=True)
         self._lock()
-        segments = manifest.segments if manifest else []
+        _allocate(parts / RESERVE, RESERVE_BYTES)
+        segments = list(manifest.segments) if manifest else []
         return Manifest(segments=segments, dropped=self._dropped_before)
 
     def _take_over(self) -> None:
@@ -312,6 +356,7 @@ class Writer:
     def _lock(self) -> None:
         try:
             with (self._parts / "lock").open("x") as file:
+                self._locked = True
                 file.write(f"{os.uname().nodename} {os.getpid()}")
         except FileExistsError:
             raise RunError(f"{self.path}: another process records there just now") from None
@@ -421,21 +466,28 @@ class Writer:
         free = shutil.disk_usage(self._parts).free
         if total > PACK_LIMIT:
             return f"kept in parts: {total >> 30} GiB, more than is packed into one file"
-        # HDF5 on a full disk kills its process, so room is made sure of beforehand.
         if total * 1.2 + COMMIT_BYTES > free:
             return f"kept in parts: packing needs {total >> 20} MiB, {free >> 20} MiB are free"
         if self.path.exists() and not self._resumed:
             return f"kept in parts: somebody else created {self.path} meanwhile"
+        temporary = self._parts / "packed.tmp"
         try:
-            self._write_packed(status)
+            temporary.unlink(missing_ok=True)
+            if self._apart:
+                _in_a_fork(lambda: self._write_packed(temporary, status))
+            else:
+                self._write_packed(temporary, status)
+            replace_durably(temporary, self.path)
+            # Killed right here, the same steps lie in both places; a reader takes each step once.
+            Manifest(status=status).save(self._parts)
         except Exception as error:  # a damaged segment may raise anything; the parts are kept
-            return f"kept in parts: {' '.join(str(error).split())}"
+            with suppress(OSError):
+                temporary.unlink(missing_ok=True)
+            return f"kept in parts: {_reason(error)}"
         shutil.rmtree(self._parts, ignore_errors=True)
         return ""
 
-    def _write_packed(self, status: str) -> None:
-        temporary = self._parts / "packed.tmp"
-        temporary.unlink(missing_ok=True)
+    def _write_packed(self, temporary: Path, status: str) -> None:
         with ExitStack() as stack:
             files = [stack.enter_context(open_guarded(self.path))] if self.path.exists() else []
             files += [stack.enter_context(self._open(entry)) for entry in self._manifest.segments]
@@ -444,14 +496,43 @@ class Writer:
             write_segment(
                 packed, self._run, self._matrices, segments, packed=True, compress=self._compress
             )
-            packed.attrs["status"] = np.bytes_(status)
+            packed.attrs["status"] = np.bytes_(status.encode())
             packed.attrs["dropped"] = self._manifest.dropped
             packed.flush()
-        replace_durably(temporary, self.path)
-        # Killed right here, the same steps lie in both places; a reader takes each step once.
-        Manifest(status=status).save(self._parts)
 
     def _size(self) -> int:
         if self._parts.exists():
             return sum(file.stat().st_size for file in self._parts.glob("*.h5"))
         return self.path.stat().st_size
+
+
+def _in_a_fork(work: Callable[[], None]) -> None:
+    """Do `work` in a forked process; RunError with the reason when it fails or crashes."""
+    of, to = os.pipe()
+    child = os.fork()
+    if child == 0:
+        try:
+            work()
+            os._exit(0)
+        except Exception as error:
+            os.write(to, _reason(error).encode())
+        finally:
+            os._exit(1)
+    os.close(to)
+    with open(of, encoding="utf-8") as pipe:
+        reason = pipe.read()
+    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
+    if code:
+        raise RunError(f"the packed file could not be written ({reason or f'exit code {code}'})")
+
+
+def _reason(error: Exception) -> str:
+    return " ".join(str(error).split())[:300] or type(error).__name__
+
+
+def _allocate(path: Path, size: int) -> None:
+    """Write a file that takes all of its room now; noise, which no file system compresses."""
+    with path.open("wb") as file:
+        file.write(os.urandom(size))
+        file.flush()
+        os.fsync(file.fileno())
