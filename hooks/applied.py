@@ -1,21 +1,54 @@
-"""What a step did to the weights: the difference around it, without the decoupled decay.
+"""What a step did to the weights, as exactly as its optimizer lets one know.
 
-The generic way, for every optimizer: keep a copy of W from before the step and subtract it
-afterwards. In float32 its error is that of the optimizer's own rounding of W.
+Subtracting weights works under every optimizer, but carries the rounding of the weights: up to
+3e-5 of a float32 update, and easily all of a bfloat16 one. Where the rule is known the update is
+taken from what the rule itself used. Decoupled weight decay is never part of it.
 """
 
 from __future__ import annotations
 
+import math
 from collections.abc import Sequence
 
 import torch
 
 from normuon_lens.optim import Muon, NorMuon
+from normuon_lens.optim.orthogonalize import frobenius_norm
 
 from .selection import Watched, matrix_view
+from .tap import Look, Take, Tap
 
 DECOUPLED = (torch.optim.Muon, Muon, NorMuon)
 """Optimizers that always decay W itself by lr·wd; the others say so in their groups."""
+
+ADAMS = (torch.optim.Adam, torch.optim.AdamW)
+"""Exactly these: a subclass may do something else with the same state."""
+
+
+def update_tap(
+    optimizer: torch.optim.Optimizer, watched: Sequence[Watched], take: Take, *, stages: bool
+) -> Tap:
+    """Return the best way to learn the updates of `optimizer`.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+    watched : sequence of Watched
+        Its recorded parameters.
+    take : Take
+    stages : bool
+        Whether the matrices on the way to the update are taken as well, where they can be seen.
+    """
+    if isinstance(optimizer, Muon | NorMuon):
+        return HandedOver(optimizer, watched, take, stages=stages)
+    if type(optimizer) in ADAMS:
+        return AdamDirection(optimizer, watched, take)
+    return Difference(optimizer, watched, take)
+
+
+def is_exact(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether updates of `optimizer` are recorded free of the rounding of its weights."""
+    return isinstance(optimizer, Muon | NorMuon) or type(optimizer) in ADAMS
 
 
 def decoupled_decay(optimizer: torch.optim.Optimizer, group: int) -> float:
@@ -30,49 +63,154 @@ def decoupled_decay(optimizer: torch.optim.Optimizer, group: int) -> float:
     return 0.0
 
 
-class AppliedUpdate:
-    """The update of one optimizer's matrices, taken around one of its steps.
+class Difference(Tap):
+    """W_after − (1 − lr·wd)·W_before: a copy of W from before the step, subtracted after it."""
 
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-    watched : sequence of Watched
-        Its recorded parameters.
-    """
+    _buffers: list[torch.Tensor] | None = None
 
-    def __init__(self, optimizer: torch.optim.Optimizer, watched: Sequence[Watched]) -> None:
-        self.optimizer = optimizer
-        self._watched = watched
-        self._buffers: list[torch.Tensor] = []
-
-    def before(self) -> None:
-        """Keep the weights; called just before the step."""
+    def before(self, look: Look) -> None:
+        """Keep the weights."""
         weights = [matrix_view(item.parameter) for item in self._watched]
-        if not self._buffers:
+        if self._buffers is None:
             # float32 at least: a difference of bfloat16 numbers is exact in float32.
             self._buffers = [
-                torch.empty(w.shape, dtype=torch.promote_types(w.dtype, torch.float32)).to(w.device)
+                torch.empty_like(w, dtype=torch.promote_types(w.dtype, torch.float32))
                 for w in weights
             ]
         torch._foreach_copy_(self._buffers, weights)
-        self.decay = [decoupled_decay(self.optimizer, item.group) for item in self._watched]
+        self._decay = [decoupled_decay(self._optimizer, item.group) for item in self._watched]
+        self._weight_norms = _norms(self._buffers, look)
 
-    def weight_norms(self) -> list[float]:
-        """Frobenius norms of the weights before the step; to be called between the two."""
-        norms: list[float] = torch.stack(torch._foreach_norm(self._buffers)).tolist()
-        return norms
+    def after(self, look: Look) -> None:
+        """Subtract them."""
+        assert self._buffers is not None
+        for buffer, item, decay, norm in zip(
+            self._buffers, self._watched, self._decay, self._weight_norms, strict=True
+        ):
+            weight = matrix_view(item.parameter)
+            if decay:
+                # The optimizer multiplies W by the same number in the same precision, so in
+                # float32 the decay is taken out without an error of its own.
+                buffer.mul_(1.0 - decay)
+            torch.sub(weight, buffer, out=buffer)
+            dtype = str(weight.dtype).removeprefix("torch.")
+            self._take(item, "update", buffer, decay=decay, weight_norm=norm, rounded=dtype)
 
-    def after(self) -> list[torch.Tensor]:
-        """Return W_after - (1 - lr·wd)·W_before of every matrix; called just after the step.
 
-        Returns
-        -------
-        list of Tensor of shape (m, n), float32 (float64 for float64 weights)
-            Valid until the next call of :meth:`before`.
+class AdamDirection(Tap):
+    """−lr·m̂ / (√v̂ + ε), from the moments that torch's Adam or AdamW leaves behind its step."""
+
+    def before(self, look: Look) -> None:
+        """Note what the step is about to use up or move."""
+        self._decay = [decoupled_decay(self._optimizer, item.group) for item in self._watched]
+        self._weight_norms = _norms([matrix_view(item.parameter) for item in self._watched], look)
+
+    def after(self, look: Look) -> None:
+        """Compute the step once more, without the weight."""
+        # Adam leaves a parameter without a gradient, and its state, alone.
+        moved = [item.parameter.grad is not None for item in self._watched]
+        states = [self._optimizer.state[item.parameter] for item in self._watched]
+        steps = _numbers([s["step"] for s, moves in zip(states, moved, strict=True) if moves])
+        for item, state, moves, decay, norm in zip(
+            self._watched, states, moved, self._decay, self._weight_norms, strict=True
+        ):
+            if not moves:
+                still = torch.zeros_like(matrix_view(item.parameter))
+                self._take(item, "update", still, decay=0.0, weight_norm=norm)
+                continue
+            group = self._optimizer.param_groups[item.group]
+            beta1, beta2 = (float(beta) for beta in group["betas"])
+            step = steps.pop(0)
+            correction = math.sqrt(1 - beta2**step)
+            second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
+            dtype = torch.promote_types(second.dtype, torch.float32)
+            # ε·√(1−β2ᵗ) instead of √v/√(1−β2ᵗ): one pass over the matrix less.
+            ratio = matrix_view(second).to(dtype).sqrt().add_(group["eps"] * correction)
+            torch.div(matrix_view(state["exp_avg"]), ratio, out=ratio)
+            scale = -float(group["lr"]) * correction / (1 - beta1**step)
+            self._take(item, "update", ratio, scale=scale, decay=decay, weight_norm=norm)
+
+
+class HandedOver(Tap):
+    """What our own optimizers subtract from a weight, which they show as they go."""
+
+    def __init__(
+        self,
+        optimizer: Muon | NorMuon,
+        watched: Sequence[Watched],
+        take: Take,
+        *,
+        stages: bool = False,
+    ) -> None:
+        super().__init__(optimizer, watched, take)
+        self._ours = optimizer
+        self._stages = stages
+        self._items = {item.parameter: item for item in watched}
+        self._watching = False
+        self._error: Exception | None = None
+
+    def before(self, look: Look) -> None:
+        """Begin to watch."""
+        self._sampled = look.sampled
+        self._seen: set[int] = set()
+        if not self._watching:
+            self._others = self._ours.stage_observer
+            self._ours.stage_observer = self._observe
+        self._watching = True
+
+    def after(self, look: Look) -> None:
+        """Stop watching.
+
+        Raises
+        ------
+        Exception
+            What went wrong while watching: it must not be raised inside the optimizer's step.
         """
-        # The optimizer multiplies W by the same number in the same precision, so in float32 the
-        # decay is taken out without an error of its own.
-        torch._foreach_mul_(self._buffers, [decay - 1.0 for decay in self.decay])
-        for buffer, item in zip(self._buffers, self._watched, strict=True):
-            buffer.add_(matrix_view(item.parameter))
-        return self._buffers
+        self._ours.stage_observer = self._others
+        self._watching = False
+        error, self._error = self._error, None
+        if error is not None:
+            raise error
+        for item in self._watched:
+            if item.index not in self._seen:  # it had no gradient
+                weight = matrix_view(item.parameter)
+                norm = float(_norm(weight)) if look.sampled else math.nan
+                self._take(item, "update", torch.zeros_like(weight), decay=0.0, weight_norm=norm)
+
+    def _observe(self, parameter: torch.nn.Parameter, stage: str, matrix: torch.Tensor) -> None:
+        if self._others is not None:
+            self._others(parameter, stage, matrix)
+        item = self._items.get(parameter)
+        if item is None or self._error is not None:
+            return
+        try:
+            if stage == "update":
+                self._seen.add(item.index)
+                # The weight has not moved yet.
+                norm = float(_norm(matrix_view(parameter))) if self._sampled else math.nan
+                decay = decoupled_decay(self._ours, item.group)
+                self._take(item, stage, matrix, scale=-1.0, decay=decay, weight_norm=norm)
+            elif self._stages:
+                self._take(item, stage, matrix)
+        except Exception as error:
+            self._error = error
+
+
+def _norm(matrix: torch.Tensor) -> torch.Tensor:
+    return frobenius_norm(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+
+
+def _norms(matrices: list[torch.Tensor], look: Look) -> list[float]:
+    """Frobenius norms, when the step is sampled; NaN otherwise."""
+    if not look.sampled:
+        return [math.nan] * len(matrices)
+    return _numbers([_norm(matrix) for matrix in matrices])
+
+
+def _numbers(scalars: Sequence[torch.Tensor | float]) -> list[float]:
+    """Bring numbers that may be tensors to Python, in one transfer where they share a device."""
+    tensors = [scalar for scalar in scalars if isinstance(scalar, torch.Tensor)]
+    if len(tensors) == len(scalars) and len({tensor.device for tensor in tensors}) == 1:
+        numbers: list[float] = torch.stack(tensors).tolist()
+        return numbers
+    return [float(scalar) for scalar in scalars]

@@ -1,8 +1,8 @@
 """The recorder: rides on an optimizer's step hooks and never gets in the way.
 
-Every step runs the same short way: keep the weights, let the optimizer step, subtract, take row
-norms, hand them over. On sampled steps the matrices go too. Spectra, files and everything that
-may take time or fail is the helper process's business.
+Every step runs the same short way: taps look at the matrices, tracks take their row norms and
+hand them over. On sampled steps the matrices go too. Spectra, files and everything that may take
+time or fail is the helper process's business.
 """
 
 from __future__ import annotations
@@ -10,145 +10,50 @@ from __future__ import annotations
 import atexit
 import math
 import os
-import platform
 import shlex
 import sys
 import time
 import warnings
-from collections.abc import Callable, Iterable, Sequence
+import weakref
+from collections.abc import Callable, Sequence
+from contextlib import suppress
+from dataclasses import replace
+from functools import partial
 from pathlib import Path
 from types import TracebackType
-from typing import Any, Literal
+from typing import Any
 
-import numpy as np
 import torch
 
-import normuon_lens
 from normuon_lens.errors import AttachError
 from normuon_lens.runfile import Matrices
 from normuon_lens.runfile.schema import parts_of
 
-from .applied import AppliedUpdate
-from .feed import START_SECONDS, Feed, FeedLost
+from .applied import update_tap
+from .budget import Budget
+from .feed import START_SECONDS, Feed, FeedLost, FeedSilent
 from .schedule import Schedule
-from .selection import Watched, select
-from .stages import StageTap
+from .selection import Watched
+from .shadow import Shadow, shadow_name, shadow_path
+from .stages import TorchMuonStages
+from .tap import Gradients, Look, Tap
+from .track import Track
+from .uninterrupted import uninterrupted
 
 CLOSE_SECONDS = 600.0
+"""How long the helper may take to finish a recording."""
+LEAVE_SECONDS = 0.2
+"""How long its end is waited for while the training is to go on."""
 SAMPLES_IN_FLIGHT = 4
 RING_BYTES = (8 << 20, 512 << 20)
 """Least and most shared memory between the trainer and the helper process."""
 
-
-def attach(
-    model: torch.nn.Module,
-    optimizer: torch.optim.Optimizer | Sequence[torch.optim.Optimizer],
-    path: str | os.PathLike[str],
-    *,
-    every: int = 10,
-    norms_every: int = 1,
-    matrices_every: int | None = None,
-    include: str | Iterable[str] | None = None,
-    exclude: str | Iterable[str] | None = None,
-    stages: bool = False,
-    name: str | None = None,
-    notes: str | None = None,
-    resume: bool = False,
-    on_error: Literal["warn", "raise"] = "warn",
-    on_full: Literal["drop", "wait"] = "drop",
-    store: Literal["float32", "float16"] = "float32",
-    compress: bool = False,
-    quiet: bool = False,
-) -> Recorder:
-    """Record what `optimizer` does to every weight matrix of `model`, from now on.
-
-    Parameters
-    ----------
-    model : torch.nn.Module
-        Whose parameters the optimizer trains; it gives the matrices their names.
-    optimizer : torch.optim.Optimizer or sequence of them
-        Any optimizer with step hooks. With several (matrix optimizer + AdamW) a step is one round.
-    path : str or path-like
-        Where the finished recording shall lie, such as ``runs/normuon.h5``.
-    every : int
-        Spectra on every so many-th step.
-    norms_every : int
-        Neuron norms on every so many-th step.
-    matrices_every : int, optional
-        Full matrices on every so many-th step; as `every` if None, never if 0.
-    include, exclude : str or iterable of str, optional
-        Glob patterns on parameter names, such as ``"blocks.*"``. All matrices if None.
-    stages : bool
-        Record the matrices on their way too: the gradient under any optimizer; momentum,
-        orthogonalized and normalized under ours. About as much again for each.
-    name, notes : str, optional
-        Shown with the run.
-    resume : bool
-        Append to the recording at `path`; without it an existing one is refused.
-    on_error : {"warn", "raise"}
-        Whether a failure while recording is one warning (training goes on) or raised.
-    on_full : {"drop", "wait"}
-        Whether a sample that the helper process has no room for is dropped and counted, or the
-        training waits.
-    store : {"float32", "float16"}
-        How full matrices are kept; float16 with one scale a matrix and step.
-    compress : bool
-        Compress the finished file (shuffle and gzip).
-    quiet : bool
-        Say nothing on standard error about what is recorded and where it went.
-
-    Returns
-    -------
-    Recorder
-        Also a context manager. Without ``with``, close it, or leave that to the interpreter's
-        exit.
-
-    Raises
-    ------
-    AttachError
-        If there is no matrix to record, the patterns match none, a number makes no sense, or the
-        recording cannot be made at `path`.
-
-    Notes
-    -----
-    It takes the memory of one more copy of the recorded weights, beside them, and shared memory
-    for four samples (8 MB to 512 MB, or one sample of the largest matrix).
-    """
-    if isinstance(optimizer, torch.optim.Optimizer):
-        optimizers = [optimizer]
-    else:
-        optimizers = list(optimizer) if isinstance(optimizer, Iterable) else []
-    if not optimizers or not all(isinstance(o, torch.optim.Optimizer) for o in optimizers):
-        raise AttachError(
-            f"attach needs a torch.optim.Optimizer or a list of them, got {optimizer!r}"
-        )
-    for choice, given, known in (
-        ("on_error", on_error, ("warn", "raise")),
-        ("on_full", on_full, ("drop", "wait")),
-        ("store", store, ("float32", "float16")),
-    ):
-        if given not in known:
-            raise AttachError(f"{choice}={given!r}: expected one of {', '.join(known)}")
-    schedule = Schedule(every, norms_every, every if matrices_every is None else matrices_every)
-    matrices, watched = select(model, optimizers, include, exclude)
-    metadata = _describe(model, optimizers, watched, schedule, name, notes)
-    return Recorder(
-        Path(path),
-        optimizers,
-        matrices,
-        watched,
-        schedule,
-        metadata,
-        stages=stages,
-        options={"resume": resume, "store": store, "compress": compress},
-        on_error=on_error,
-        wait=on_full == "wait",
-        quiet=quiet,
-    )
+RECORDED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
+"""Every optimizer that a recorder was attached to."""
 
 
 class Recorder:
-    """A recording in progress; made by :func:`attach`.
+    """A recording in progress; made by :func:`normuon_lens.hooks.attach`.
 
     Attributes
     ----------
@@ -156,8 +61,6 @@ class Recorder:
         Where the finished recording shall lie.
     steps : int
         The last optimizer step seen.
-    dropped : int
-        Samples that there was no room for.
     seconds : float
         Time spent in the hooks so far, seconds.
     """
@@ -172,47 +75,64 @@ class Recorder:
         metadata: dict[str, Any],
         *,
         stages: bool,
+        shadow: dict[str, dict[str, Any]],
+        budget: Budget | None,
+        step: int | None,
         options: dict[str, Any],
         on_error: str,
         wait: bool,
         quiet: bool,
     ) -> None:
         self.path = path
-        self.dropped = 0
         self.seconds = 0.0
-        self._matrices = matrices
+        self.steps = 0
+        self._paths = [path, *(shadow_path(path, rule) for rule in shadow)]
+        self._optimizers = list(optimizers)
         self._watched = [[w for w in watched if w.optimizer == i] for i in range(len(optimizers))]
-        self._applied = [
-            AppliedUpdate(o, mine) for o, mine in zip(optimizers, self._watched, strict=True)
-        ]
+        self._schedule, self._budget = schedule, budget
         self._on_error, self._wait, self._quiet = on_error, wait, quiet
         self._process = os.getpid()
-        self._closed: dict[str, Any] | None = None
+        self._feed: Feed | None = None
+        self._tracks: list[Track] = []
+        self._handles: list[Any] = []
+        self._closed: list[dict[str, Any]] = []
         self._failure = ""
-        self._started = self._ended = 0.0
+        self._started = self._ended = self._counted = 0.0
+        self._counted_seconds = 0.0
         self._clock = time.time() - time.perf_counter()
+        self._begun: set[int] = set()
         self._stepped: set[int] = set()
-        self._copied: set[int] = set()
-        self._norms: list[tuple[Watched, str, torch.Tensor]] = []
-        self._rows: dict[str, np.ndarray] = {}
+        self._looks: dict[int, Look] = {}
         self._scalars: dict[str, Any] = {}
-        self._reported_drops = 0
-        self._taps = [
-            StageTap(o, mine, self._take)
-            for o, mine in zip(optimizers if stages else (), self._watched, strict=False)
+        self._at_exit = partial(_close_at_exit, weakref.ref(self), getattr(sys, "last_value", None))
+        if (rank := _rank()) > 0:
+            self._failure = f"rank {rank} does not record: rank 0 does"
+            return
+
+        describing = [metadata, *(_describe_shadow(metadata, *item) for item in shadow.items())]
+        streams = (1 + 3 * stages) * len(self._paths)
+        self._feed, last_steps = self._open(matrices, describing, options, streams)
+        self._tracks = [
+            Track(self._feed, run, matrices, wait=wait) for run in range(len(self._paths))
         ]
-        self._feed, last_step = self._open(metadata, options)
-        self.steps = _steps_taken(optimizers) or last_step
-        self._schedule = Schedule(
-            schedule.every, schedule.norms_every, schedule.matrices_every, self.steps + 1
-        )
-        self._handles = []
+        self._abandoned = weakref.finalize(self, _let_go, self._feed, self._tracks)
+        self._abandoned.atexit = False
+        self._taps = [
+            self._taps_of(i, stages, shadow) if mine else [] for i, mine in enumerate(self._watched)
+        ]
+        if step is None:
+            step = _steps_taken(optimizers) or last_steps[0]
+        self.steps = self._start = step
+        self._schedule = replace(schedule, first=step + 1)
+        RECORDED.update(optimizers)
         for i, optimizer in enumerate(optimizers):
             if self._watched[i]:
-                before = optimizer.register_step_pre_hook(self._timed(self._before, i))
-                after = optimizer.register_step_post_hook(self._timed(self._after, i))
-                self._handles += [before, after]
-        atexit.register(self.close)
+                self._handles += [
+                    optimizer.register_step_pre_hook(self._hook(self._before, i)),
+                    optimizer.register_step_post_hook(self._hook(self._after, i)),
+                    optimizer.register_load_state_dict_post_hook(self._guarded(self._loaded)),
+                ]
+        atexit.register(self._at_exit)
         self._say(f"recording {_name_some(matrices)} to {path}")
 
     # -- face --------------------------------------------------------------------------------
@@ -245,6 +165,11 @@ class Recorder:
         return self._feed is not None and os.getpid() == self._process
 
     @property
+    def dropped(self) -> int:
+        """Samples that there was no room for, those of shadows included."""
+        return sum(track.dropped for track in self._tracks)
+
+    @property
     def overhead(self) -> float:
         """Time in hooks relative to the rest of the training so far, 0.03 for 3 %.
 
@@ -254,20 +179,29 @@ class Recorder:
         return self.seconds / rest if rest > 0 else float("nan")
 
     @property
+    def _cost(self) -> str:
+        return "" if math.isnan(self.overhead) else f", overhead {self.overhead:.1%}"
+
+    @property
     def summary(self) -> str:
-        """One line: path, size, steps, overhead, and the command that opens the result."""
+        """Path, size, steps, overhead, and the command that opens the result."""
         if self._failure:
-            return f"recording stopped at step {self.steps}: {self._failure}"
-        if self._closed is None:
+            return self._failure
+        if self._closed and not any(closed["bytes"] for closed in self._closed):
+            return f"no step was taken: nothing is recorded at {self.path}"
+        if not self._closed:
             state = "recording" if self.active else "not recording"
-            return f"{state} {self.path}, step {self.steps}, overhead {self.overhead:.1%}"
-        size = self._closed["bytes"] / 1e6
+            return f"{state} {self.path}, step {self.steps}{self._cost}"
+        size = sum(closed["bytes"] for closed in self._closed) / 1e6
+        shadows = f" with {len(self._closed) - 1} shadows" if len(self._closed) > 1 else ""
         lost = f", {self.dropped} samples dropped" if self.dropped else ""
-        remark = f" ({self._closed['remark']})" if self._closed["remark"] else ""
+        remarks = dict.fromkeys(c["remark"] for c in self._closed if c["remark"])
+        remark = f" ({'; '.join(remarks)})" if remarks else ""
+        paths = " ".join(shlex.quote(str(path)) for path in self._paths)
         return (
-            f"{self.path}: {size:.1f} MB, {self._closed['steps']} steps, "
-            f"overhead {self.overhead:.1%}{lost}{remark}\n"
-            f"  look at it:  normuon-lens dashboard {shlex.quote(str(self.path))}"
+            f"{self.path}{shadows}: {size:.1f} MB, {self._closed[0]['steps']} steps"
+            f"{self._cost}{lost}{remark}\n"
+            f"  look at it:  normuon-lens dashboard {paths}"
         )
 
     def __repr__(self) -> str:
@@ -287,101 +221,94 @@ class Recorder:
     # -- hooks -------------------------------------------------------------------------------
 
     def _before(self, i: int, closure: bool) -> None:
+        optimizer = self._optimizers[i]
         if i in self._stepped:
             self._end_step()
+        if _is_phantom(optimizer) or _is_capturing():
+            return
         if not self._stepped:
-            self.steps += 1
-            self._started = self._started or time.perf_counter()
-        if self._schedule.norms(self.steps):
-            self._applied[i].before()
-            self._copied.add(i)
-            if self._taps:
-                self._taps[i].open(closure=closure)
+            self._begin_step()
+        self._begun.add(i)
+        recorded = self._schedule.norms(self.steps)
+        if _found_inf(optimizer):
+            self._skip(i, recorded)
+            return
+        look = Look(recorded, self._schedule.sample(self.steps), closure)
+        self._looks[i] = look
+        for tap in self._taps[i]:
+            if recorded or tap.every_step:
+                tap.before(look)
 
     def _after(self, i: int, closure: bool) -> None:
+        look = self._looks.pop(i, None)
+        if look is None:
+            return
         self._stepped.add(i)
-        if i not in self._copied:
-            return
-        self._copied.discard(i)
-        if self._taps:
-            self._taps[i].close(closure=closure)
-        applied, mine = self._applied[i], self._watched[i]
-        sampled = self._schedule.sample(self.steps)
-        weight_norms = applied.weight_norms() if sampled else [math.nan] * len(mine)
-        for item, update, decay, weight_norm in zip(
-            mine, applied.after(), applied.decay, weight_norms, strict=True
-        ):
-            self._take(item, "update", update, decay=decay, weight_norm=weight_norm)
-        self._collect_norms()
+        for tap in self._taps[i]:
+            if look.recorded or tap.every_step:
+                tap.after(look)
+        for track in self._tracks:
+            track.collect()
 
-    def _take(
-        self,
-        item: Watched,
-        stage: str,
-        matrix: torch.Tensor,
-        *,
-        decay: float = math.nan,
-        weight_norm: float = math.nan,
-    ) -> None:
-        """Take a matrix's row norms, and on sampled steps hand it over whole."""
-        matrix = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
-        norms = torch.linalg.vector_norm(matrix, dim=1)
-        self._norms.append((item, stage, norms))
-        if not self._schedule.sample(self.steps):
-            return
-        assert self._feed is not None
-        # What was rounded is the weight, when the optimizer added the update to it; any other
-        # stage is handed over just as it is.
-        rounded = weight_norm if stage == "update" else float(torch.linalg.vector_norm(norms))
-        kind = self._matrices[item.index].dtype if stage == "update" else "float32"
-        header = {
-            "stage": stage,
-            "step": self.steps,
-            "index": item.index,
-            "spectrum": self._schedule.spectra(self.steps),
-            "keep": self._schedule.matrices(self.steps),
-            "weight_norm": weight_norm,
-            "decay": decay,
-            "noise_norm": rounded,
-            "noise_dtype": kind,
-        }
-        if not self._feed.send("matrix", header, {"values": matrix.cpu().numpy()}, wait=self._wait):
-            self.dropped += 1
+    def _begin_step(self) -> None:
+        # A step that ended in an exception (Ctrl-C, out of memory) is taken once more.
+        if not self._begun:
+            self.steps += 1
+            self._started = self._started or time.perf_counter()
+            self._counted = self._counted or self._started
+        for track in self._tracks:
+            track.begin(self.steps, self._schedule)
 
-    def _collect_norms(self) -> None:
-        """Bring the row norms taken so far to the CPU, in one transfer, and into their rows."""
-        norms = torch.cat([norm for _, _, norm in self._norms]).to("cpu", torch.float32).numpy()
-        start = 0
-        for item, stage, norm in self._norms:
-            if stage not in self._rows:
-                self._rows[stage] = np.full(self._matrices.total_rows, np.nan, np.float32)
-            self._rows[stage][self._matrices.rows(item.index)] = norms[start : start + len(norm)]
-            start += len(norm)
-        self._norms.clear()
+    def _skip(self, i: int, recorded: bool) -> None:
+        """Take it that this step of optimizer `i` moves nothing: its gradients overflowed."""
+        if recorded:
+            for track in self._tracks:
+                track.still(self._watched[i])
+        # A scaler begins with overflows: the first step that moves something is to be sampled.
+        if self.steps == self._schedule.first:
+            self._schedule = replace(self._schedule, first=self.steps + 1)
+        self._stepped.add(i)
 
     def _end_step(self) -> None:
-        """Hand over the row of the step just taken; its matrices went before."""
-        assert self._feed is not None
-        scalars = {"lr": self._lr(), **self._scalars}
-        header = {
-            "step": self.steps,
-            "time": self._clock + self._ended,
-            "scalars": {name: float(value) for name, value in scalars.items()},
-            "void": "update" in self._rows and bool((self._rows["update"] == 0).all()),
-            "dropped": self.dropped,
-        }
-        norms, self._scalars, self._rows = self._rows, {}, {}
+        """Hand over the rows of the step just taken; its matrices went before."""
+        when = self._clock + self._ended
+        lr = {"lr": self._lr()}
+        logged = {name: float(value) for name, value in self._scalars.items()}
+        for track in self._tracks:
+            # The loss is that of the real path, so no shadow may claim it.
+            track.end(self.steps, when, lr if track.run else lr | logged)
+        self._scalars = {}
+        self._begun.clear()
         self._stepped.clear()
-        if not self._feed.send("step", header, norms, wait=self._wait):
-            self.dropped += 1
-        elif self.dropped > self._reported_drops:
-            count, self._reported_drops = self.dropped - self._reported_drops, self.dropped
-            text = f"{count} samples dropped: the helper process could not keep up"
-            self._feed.send("event", {"step": self.steps, "kind": "dropped", "text": text})
+        self._looks.clear()
+        if self._budget:
+            self._keep_within(self._budget)
+
+    def _keep_within(self, budget: Budget) -> None:
+        seconds, elapsed = self.seconds - self._counted_seconds, self._ended - self._counted
+        self._counted_seconds, self._counted = self.seconds, self._ended
+        budget.spent(self._schedule.kind(self.steps), seconds, elapsed)
+        now = self._schedule
+        then = budget.affordable(now)
+        if then != now:
+            self._schedule = then
+            text = (
+                f"to keep recording within {budget.share:.1%} of the training's time: "
+                f"norms every {now.norms_every} -> {then.norms_every}, "
+                f"spectra every {now.every} -> {then.every}, "
+                f"matrices every {now.matrices_every} -> {then.matrices_every}"
+            )
+            self._tracks[0].event(self.steps, "schedule", text)
+
+    def _loaded(self, *_: Any) -> None:
+        """Count on from the step of a checkpoint that was loaded, if its state says."""
+        if self._stepped:
+            self._end_step()
+        self.steps = _steps_taken(self._optimizers) or self.steps
 
     def _lr(self) -> float:
         i = next(i for i, mine in enumerate(self._watched) if mine)
-        return float(self._applied[i].optimizer.param_groups[self._watched[i][0].group]["lr"])
+        return float(self._optimizers[i].param_groups[self._watched[i][0].group]["lr"])
 
     def _note(self, scalars: dict[str, Any]) -> None:
         for name, value in scalars.items():
@@ -398,48 +325,80 @@ class Recorder:
 
     # -- life --------------------------------------------------------------------------------
 
-    def _open(self, metadata: dict[str, Any], options: dict[str, Any]) -> tuple[Feed | None, int]:
-        sizes = [x.m * x.n * (8 if x.dtype == "float64" else 4) for x in self._matrices]
+    def _taps_of(self, i: int, stages: bool, shadow: dict[str, dict[str, Any]]) -> list[Tap]:
+        optimizer, watched, take = self._optimizers[i], self._watched[i], self._tracks[0].take
+        taps: list[Tap] = [Gradients(optimizer, watched, take)] if stages else []
+        taps.append(update_tap(optimizer, watched, take, stages=stages))
+        if stages and isinstance(optimizer, torch.optim.Muon):
+            taps.append(TorchMuonStages(optimizer, watched, take))
+        for track, (rule, hyper) in zip(self._tracks[1:], shadow.items(), strict=True):
+            taps.append(
+                Shadow(optimizer, watched, track.take, rule=rule, hyper=hyper, stages=stages)
+            )
+        return taps
+
+    def _open(
+        self,
+        matrices: Matrices,
+        describing: list[dict[str, Any]],
+        options: dict[str, Any],
+        streams: int,
+    ) -> tuple[Feed, list[int]]:
+        sizes = [x.m * x.n * (8 if x.dtype == "float64" else 4) for x in matrices]
         least, most = RING_BYTES
         largest = max(sizes) + (1 << 20)
-        header = {
-            "path": str(self.path.absolute()),
-            "metadata": metadata,
-            "matrices": [vars(matrix) for matrix in self._matrices],
-            "options": options,
-        }
+        wanted = min(most, max(least, SAMPLES_IN_FLIGHT * streams * sum(sizes)))
+        recordings = [
+            {
+                "path": str(path.absolute()),
+                "metadata": metadata,
+                "matrices": [vars(matrix) for matrix in matrices],
+                "options": options,
+            }
+            for path, metadata in zip(self._paths, describing, strict=True)
+        ]
         try:
-            feed = Feed(max(largest, min(most, max(least, SAMPLES_IN_FLIGHT * sum(sizes)))))
+            feed = Feed(max(largest, wanted))
         except FeedLost as error:
             raise AttachError(str(error)) from None
         try:
-            return feed, feed.ask("open", header, "opened", START_SECONDS)
+            opened: list[int] = feed.ask(
+                "open", {"recordings": recordings}, "opened", START_SECONDS
+            )
+            return feed, opened
         except FeedLost as error:
             feed.close()
             raise AttachError(str(error)) from None
+        except BaseException:
+            feed.close(LEAVE_SECONDS)
+            raise
 
     def _close(self, status: str) -> None:
         if not self.active:
             return
-        self._guarded(self._finish)(status)
-        self._detach()
+        try:
+            self._guarded(self._finish)(status)
+        finally:
+            self._detach()
         self._say(self.summary)
 
     def _finish(self, status: str) -> None:
         assert self._feed is not None
         if self._stepped:
             self._end_step()
-        header = {"status": status, "dropped": self.dropped}
-        self._closed = self._feed.ask("close", header, "closed", CLOSE_SECONDS)
+        self._closed = self._feed.ask(
+            "close", _farewell(self._tracks, status), "closed", CLOSE_SECONDS
+        )
 
-    def _detach(self) -> None:
+    def _detach(self, seconds: float = 5.0) -> None:
         for handle in self._handles:
             handle.remove()
         self._handles.clear()
         feed, self._feed = self._feed, None
         if feed is not None:
-            feed.close()
-        atexit.unregister(self.close)
+            self._abandoned.detach()
+            feed.close(seconds)
+        atexit.unregister(self._at_exit)
 
     def _guarded(self, body: Callable[..., None]) -> Callable[..., None]:
         """Wrap what runs inside the training: no exception of ours gets out of it."""
@@ -455,34 +414,99 @@ class Recorder:
 
         return guarded
 
-    def _timed(self, body: Callable[[int, bool], None], i: int) -> Callable[..., None]:
-        """Guard a step hook of optimizer `i` and count its time as overhead."""
+    def _hook(self, body: Callable[[int, bool], None], i: int) -> Callable[..., None]:
+        """Make a step hook of optimizer `i`: guarded, uninterrupted, its time counted."""
         guarded = self._guarded(body)
 
         def hook(_: torch.optim.Optimizer, args: tuple[Any, ...], kwargs: dict[str, Any]) -> None:
-            began = time.perf_counter()
-            guarded(i, any(value is not None for value in (*args, kwargs.get("closure"))))
-            self._ended = time.perf_counter()
-            self.seconds += self._ended - began
+            with uninterrupted():
+                began = time.perf_counter()
+                closure = any(value is not None for value in (*args[1:], kwargs.get("closure")))
+                with torch.no_grad():
+                    guarded(i, closure)
+                self._ended = time.perf_counter()
+                self.seconds += self._ended - began
 
-        return hook
+        # A compiled step would trace into it, and break into many graphs.
+        untraced: Callable[..., None] = torch.compiler.disable(hook)  # type: ignore[no-untyped-call]
+        return untraced
 
     def _fail(self, error: Exception) -> None:
-        self._failure = str(error) or type(error).__name__
-        self._detach()
+        reason = str(error) or type(error).__name__
+        self._failure = f"recording of {self.path} stopped at step {self.steps}: {reason}"
+        assert self._feed is not None
+        kept, where = self._feed.answers.get("committed", 0), parts_of(self.path)
+        if not isinstance(error, FeedLost):
+            # The helper is well: it finishes what it was handed, all but the step at hand.
+            kept, where = self.steps - 1, self.path
+            _leave(self._feed, self._tracks, f"stopped at step {self.steps}: {reason}")
+        self._detach(LEAVE_SECONDS)
         if self._on_error == "raise":
             raise error
-        kept = parts_of(self.path)
-        warnings.warn(
-            f"normuon-lens: recording of {self.path} stopped at step {self.steps}, training goes "
-            f"on: {self._failure}. What is committed is in {kept}",
-            RuntimeWarning,
-            stacklevel=4,
+        lost = self.steps - max(kept, self._start)
+        said = f"Steps up to {kept} are kept in {where}" if kept > 0 else "Nothing is kept"
+        hope = ", unless it goes on and finishes" if isinstance(error, FeedSilent) else ""
+        self._warn(
+            f"recording of {self.path} stopped at step {self.steps}, training goes on: {reason}. "
+            f"{said}; {lost} later steps are lost{hope}."
         )
+
+    def _warn(self, text: str) -> None:
+        try:
+            warnings.warn(f"normuon-lens: {text}", RuntimeWarning, stacklevel=_depth_of_user())
+        except RuntimeWarning:  # made an error by the user's filters, who would not mean this one
+            _print(text)
 
     def _say(self, text: str) -> None:
         if not self._quiet:
-            print(f"normuon-lens: {text}", file=sys.stderr, flush=True)
+            _print(text)
+
+
+def _let_go(feed: Feed, tracks: list[Track]) -> None:
+    """Finish what a recorder handed over that is gone, as is its training: all but a last row."""
+    _leave(feed, tracks, "finished")
+    feed.close(LEAVE_SECONDS)
+
+
+def _leave(feed: Feed, tracks: list[Track], status: str) -> None:
+    """Have the helper finish what it was handed, without waiting; unasked, it does the same."""
+    with suppress(Exception):
+        feed.send("close", _farewell(tracks, status))
+
+
+def _farewell(tracks: list[Track], status: str) -> dict[str, Any]:
+    return {"status": status, "dropped": [track.dropped for track in tracks]}
+
+
+def _print(text: str) -> None:
+    # Standard error may be closed, or a pipe that nobody reads.
+    with suppress(OSError, ValueError):
+        print(f"normuon-lens: {text}", file=sys.stderr, flush=True)
+
+
+def _close_at_exit(found: weakref.ref[Recorder], old_error: BaseException | None) -> None:
+    """Close what a script left open: finished, unless an exception is what ended the script."""
+    recorder, error = found(), getattr(sys, "last_value", None)
+    if recorder is not None:
+        failed = error is not None and error is not old_error
+        recorder._close(f"interrupted: {type(error).__name__}" if failed else "finished")
+
+
+def _depth_of_user() -> int:
+    """Return the `stacklevel` at which a warning names the user's own line, not torch's or ours."""
+    inner = (str(Path(__file__).parent), str(Path(torch.__file__).parent))
+    depth, frame = 1, sys._getframe(1)
+    while frame.f_back and frame.f_code.co_filename.startswith(inner):
+        depth, frame = depth + 1, frame.f_back
+    return depth
+
+
+def _rank() -> int:
+    """Return this process's rank among those of one training, 0 if it is alone."""
+    if torch.distributed.is_available() and torch.distributed.is_initialized():
+        rank: int = torch.distributed.get_rank()
+        return rank
+    return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
 
 
 def _steps_taken(optimizers: Sequence[torch.optim.Optimizer]) -> int:
@@ -496,57 +520,44 @@ def _steps_taken(optimizers: Sequence[torch.optim.Optimizer]) -> int:
     return max(taken, default=0)
 
 
-def _describe(
-    model: torch.nn.Module,
-    optimizers: Sequence[torch.optim.Optimizer],
-    watched: Sequence[Watched],
-    schedule: Schedule,
-    name: str | None,
-    notes: str | None,
-) -> dict[str, Any]:
-    """Collect what a reader of the run wants to know about the training."""
-    main = max(range(len(optimizers)), key=lambda i: sum(w.optimizer == i for w in watched))
-    return {
-        "optimizer": type(optimizers[main]).__name__,
-        "name": name,
-        "notes": notes,
-        "groups": [
-            {"optimizer": type(optimizer).__name__, **_plain(group)}
-            for optimizer in optimizers
-            for group in optimizer.param_groups
-        ],
-        "model": type(model).__name__,
-        "parameters": sum(parameter.numel() for parameter in model.parameters()),
-        "seed": torch.initial_seed(),
-        "world_size": 1,
-        "schedule": {
-            "every": schedule.every,
-            "norms_every": schedule.norms_every,
-            "matrices_every": schedule.matrices_every,
-        },
-        "versions": {
-            "normuon-lens": normuon_lens.__version__,
-            "python": platform.python_version(),
-            "torch": torch.__version__,
-            "numpy": np.__version__,
-        },
-        "created": time.time(),
+def _is_phantom(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether a step only makes an optimizer create its state: no rate, no gradient.
+
+    ``torch.distributed.checkpoint`` takes such a step when it asks for the state of an optimizer
+    that has none.
+    """
+    if optimizer.state or any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
+        return False
+    parameters = [p for group in optimizer.param_groups for p in group["params"]]
+    gradients = [p.grad for p in parameters if p.grad is not None]
+    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
+
+
+def _is_capturing() -> bool:
+    """Tell whether a CUDA graph is being captured: nothing may be copied to the CPU then."""
+    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
+    return started and torch.cuda.is_current_stream_capturing()
+
+
+def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether a fused optimizer is about to skip its step: a scaler's gradients overflowed."""
+    found = getattr(optimizer, "found_inf", None)
+    return found is not None and bool(found)
+
+
+def _describe_shadow(metadata: dict[str, Any], rule: str, hyper: dict[str, Any]) -> dict[str, Any]:
+    """Turn the description of a run into that of its shadow under `rule`."""
+    optimizer = shadow_name(rule)
+    groups = [
+        {"optimizer": optimizer, "update": "exact", "lr": group.get("lr"), **hyper}
+        for group in metadata["groups"]
+    ]
+    return metadata | {
+        "optimizer": optimizer,
+        "name": f"{optimizer} (shadow)",
+        "groups": groups,
+        "shadow_of": metadata["optimizer"],
     }
-
-
-def _plain(group: dict[str, Any]) -> dict[str, Any]:
-    """Keep the hyper-parameters of a parameter group that can be written down."""
-    plain: dict[str, Any] = {}
-    for key, value in group.items():
-        if key == "params":
-            continue
-        if isinstance(value, torch.Tensor) and value.numel() == 1:
-            value = value.item()
-        if isinstance(value, bool | int | float | str | None):
-            plain[key] = value
-        elif isinstance(value, tuple | list) and all(isinstance(v, int | float) for v in value):
-            plain[key] = list(value)
-    return plain
 
 
 def _name_some(matrices: Matrices) -> str:

@@ -47,6 +47,15 @@ class Schedule:
         """Whether full matrices are kept at `step`."""
         return self.matrices_every > 0 and self._due(step, self.matrices_every)
 
+    @property
+    def sample_every(self) -> int:
+        """Whole matrices leave the training on about every so many-th step."""
+        return min(self.every, self.matrices_every or self.every)
+
+    def kind(self, step: int) -> str:
+        """Return what is recorded of `step`: ``"sample"``, ``"norms"`` or nothing, ``""``."""
+        return "sample" if self.sample(step) else "norms" if self.norms(step) else ""
+
     def sample(self, step: int) -> bool:
         """Whether whole matrices leave the training at `step`."""
         return self.spectra(step) or self.matrices(step)

@@ -13,6 +13,10 @@ from normuon_lens.errors import AttachError
 from normuon_lens.optim.groups import is_matrix
 from normuon_lens.runfile import Matrices, Matrix
 
+TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
+GPT2_CONV1D = "transformers.pytorch_utils.Conv1D"
+"""Modules that store (inputs, outputs, ...). The second is what GPT-2's linear layers are."""
+
 
 @dataclass(frozen=True)
 class Watched:
@@ -25,12 +29,43 @@ class Watched:
         Its row in the table of matrices.
     optimizer, group : int
         Which optimizer updates it, in which of that optimizer's parameter groups.
+    inputs_first : bool
+        Whether its axis 0 is the layer's inputs, as in transposed convolutions, so that its
+        neurons are along axis 1.
     """
 
     parameter: torch.nn.Parameter
     index: int
     optimizer: int
     group: int
+    inputs_first: bool = False
+
+    def by_neurons(self, matrix: torch.Tensor) -> torch.Tensor:
+        """Return a matrix that is laid out as the parameter with one row a neuron, (m, n)."""
+        if not self.inputs_first:
+            return matrix
+        return matrix.reshape(self.parameter.shape).transpose(0, 1).flatten(1)
+
+
+def leaf_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
+    """Return the optimizers that really step inside wrappers and containers; itself if none.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+        Possibly one that holds another as ``.optimizer`` (Accelerate, Lightning) or several as
+        ``.optimizers``. Recording both would record every step twice.
+
+    Returns
+    -------
+    list of torch.optim.Optimizer
+    """
+    inner = getattr(optimizer, "optimizers", None) or getattr(optimizer, "optimizer", None)
+    held = list(inner) if isinstance(inner, list | tuple) else [inner]
+    nested = [o for o in held if isinstance(o, torch.optim.Optimizer) and o is not optimizer]
+    if not nested:
+        return [optimizer]
+    return list(dict.fromkeys(leaf for each in nested for leaf in leaf_optimizers(each)))
 
 
 def select(
@@ -58,7 +93,8 @@ def select(
     Raises
     ------
     AttachError
-        If the optimizers train no matrix of the model, or the patterns leave none.
+        If the optimizers train no matrix of the model, the patterns leave none, or a parameter
+        is sharded over several processes.
     """
     owners: dict[int, tuple[int, int, int]] = {}
     group_count = 0
@@ -67,11 +103,15 @@ def select(
             for parameter in group["params"]:
                 owners[id(parameter)] = i, j, group_count + j
         group_count += len(optimizer.param_groups)
-    candidates = [
-        (_display_name(name), parameter)
-        for name, parameter in model.named_parameters()
-        if id(parameter) in owners and _is_recordable(parameter)
-    ]
+    named = [(n, p) for n, p in model.named_parameters() if id(p) in owners]
+    for name, parameter in named:
+        # Not even looked at: an operation on a DTensor may wait for other ranks.
+        if hasattr(parameter, "device_mesh"):
+            raise AttachError(
+                f"{name} is sharded over several processes (DTensor), which cannot be recorded "
+                "yet; record a training on one device or under plain data parallelism"
+            )
+    candidates = [(_display_name(n), p) for n, p in named if _is_recordable(p)]
     if not candidates:
         kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
         raise AttachError(
@@ -91,14 +131,30 @@ def select(
             f"{asked} matches none of {len(names)} matrices; the closest: "
             f"{', '.join(dict.fromkeys(close or names[:3]))}"
         )
+    inputs_first = _with_inputs_first(model)
     matrices, watched = [], []
     for index, (name, parameter) in enumerate(chosen):
         i, j, number = owners[id(parameter)]
-        m, n = matrix_view(parameter).shape
+        item = Watched(parameter, index, i, j, id(parameter) in inputs_first)
+        m, n = item.by_neurons(matrix_view(parameter)).shape
         dtype = str(parameter.dtype).removeprefix("torch.")
         matrices.append(Matrix(name, m, n, dtype, number))
-        watched.append(Watched(parameter, index, i, j))
+        watched.append(item)
     return Matrices(matrices), watched
+
+
+def _with_inputs_first(model: torch.nn.Module) -> set[int]:
+    """Ids of the parameters whose axis 0 is inputs: known by their modules, never by a shape."""
+    return {
+        id(parameter)
+        for module in model.modules()
+        if isinstance(module, TRANSPOSED) or GPT2_CONV1D in map(_full_name, type(module).__mro__)
+        for parameter in module.parameters(recurse=False)
+    }
+
+
+def _full_name(cls: type) -> str:
+    return f"{cls.__module__}.{cls.__qualname__}"
 
 
 def matrix_view(parameter: torch.Tensor) -> torch.Tensor:

@@ -1,81 +1,33 @@
-"""Where imbalance enters and leaves: the matrices on their way through an optimizer.
+"""Where imbalance enters and leaves torch's own Muon, which shows nothing of itself.
 
-The gradient can be seen under any optimizer; momentum, orthogonalized and normalized are shown by
-our own, which hand each matrix to an observer as they go.
+Our optimizers hand every matrix over as they go (:class:`normuon_lens.hooks.applied.HandedOver`).
+torch's Muon keeps its momentum only; the same function on the same matrix gives once more what it
+orthogonalized, bit by bit.
 """
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-
 import torch
+from torch.optim._muon import _zeropower_via_newtonschulz
 
-from normuon_lens.optim import Muon, NorMuon
-
-from .selection import Watched, matrix_view
-
-Take = Callable[[Watched, str, torch.Tensor], None]
+from .selection import matrix_view
+from .tap import Look, Tap, gradient_of
 
 
-class StageTap:
-    """Looks at one optimizer's matrices during one of its steps at a time.
+class TorchMuonStages(Tap):
+    """Momentum and orthogonalized of ``torch.optim.Muon``, computed again after its step."""
 
-    Parameters
-    ----------
-    optimizer : torch.optim.Optimizer
-    watched : sequence of Watched
-        Its recorded parameters.
-    take : callable
-        Gets the parameter's entry, the stage and the (m, n) matrix, which is the optimizer's own:
-        to be copied, never written.
-    """
-
-    def __init__(
-        self, optimizer: torch.optim.Optimizer, watched: Sequence[Watched], take: Take
-    ) -> None:
-        self._optimizer = optimizer
-        self._watched = {item.parameter: item for item in watched}
-        self._take = take
-        self._open = False
-        self._error: Exception | None = None
-
-    def open(self, *, closure: bool) -> None:
-        """Begin to look; called just before the step, with whether the step gets a closure."""
-        if not closure:
-            self._take_gradients()
-        if isinstance(self._optimizer, Muon | NorMuon) and not self._open:
-            self._others = self._optimizer.stage_observer
-            self._optimizer.stage_observer = self._observe
-        self._open = True
-
-    def close(self, *, closure: bool) -> None:
-        """Look away; called just after the step.
-
-        Raises
-        ------
-        Exception
-            What went wrong while looking: it must not be raised inside the optimizer's step.
-        """
-        if isinstance(self._optimizer, Muon | NorMuon) and self._open:
-            self._optimizer.stage_observer = self._others
-        self._open = False
-        error, self._error = self._error, None
-        if error is not None:
-            raise error
-        if closure:
-            # Only the closure made them; before the step there were older ones, or none.
-            self._take_gradients()
-
-    def _take_gradients(self) -> None:
-        for parameter, item in self._watched.items():
-            if parameter.grad is not None and parameter.grad.layout == torch.strided:
-                self._take(item, "gradient", matrix_view(parameter.grad))
-
-    def _observe(self, parameter: torch.nn.Parameter, stage: str, matrix: torch.Tensor) -> None:
-        if self._others is not None:
-            self._others(parameter, stage, matrix)
-        if parameter in self._watched and self._error is None:
-            try:
-                self._take(self._watched[parameter], stage, matrix)
-            except Exception as error:
-                self._error = error
+    def after(self, look: Look) -> None:
+        """Orthogonalize once more what the step orthogonalized."""
+        for item in self._watched:
+            gradient = gradient_of(self._optimizer, item.parameter)
+            if gradient is None:
+                continue
+            group = self._optimizer.param_groups[item.group]
+            buffer = matrix_view(self._optimizer.state[item.parameter]["momentum_buffer"])
+            momentum = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+            orthogonalized: torch.Tensor = _zeropower_via_newtonschulz(
+                momentum, group["ns_coefficients"], group["ns_steps"], group["eps"]
+            )
+            self._take(item, "momentum", momentum)
+            self._take(item, "orthogonalized", orthogonalized)

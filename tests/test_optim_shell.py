@@ -290,7 +290,7 @@ def test_an_observer_sees_the_stages_and_changes_nothing(rule, nesterov):
     optimizer.stage_observer = lambda p, stage, matrix: seen.append((p, stage, matrix.clone()))
     assert_equal(run(optimizer, 4), plain)
 
-    stages = ["momentum", "orthogonalized", "normalized"][: 2 if rule is Muon else 3]
+    stages = ["momentum", "orthogonalized", *["normalized"][rule is Muon :], "update"]
     params = optimizer.param_groups[0]["params"]
     assert [(id(p), stage) for p, stage, _ in seen] == [
         (id(p), stage) for _ in range(4) for p in params for stage in stages
@@ -305,6 +305,9 @@ def test_an_observer_sees_the_stages_and_changes_nothing(rule, nesterov):
     if rule is NorMuon:
         v = optimizer.state[params[-1]]["second_moment"]
         torch.testing.assert_close(last["normalized"], orthogonalized / v.sqrt())
+    direction = last[stages[-2]]
+    scaled = 0.2 * 0.02 * direction / direction.square().mean().sqrt()
+    torch.testing.assert_close(last["update"], scaled)
 
 
 REFUSED = [

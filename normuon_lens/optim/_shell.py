@@ -161,7 +161,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         matrix = gradient.reshape(len(gradient), -1).to(state["momentum_buffer"].dtype)
         update, stages = self._update(matrix, state, group)
         if self.stage_observer is not None:
-            for stage, seen in stages.items():
+            for stage, seen in (stages | {"update": update}).items():
                 self.stage_observer(parameter, stage, seen)
         # W ← W − (ηλW + η̂Ô): summed first, so that a bfloat16 weight is rounded only once and
         # a decay below its resolution is not lost before the update is added.

@@ -2,6 +2,7 @@
 
 import difflib
 import fnmatch
+import math
 from collections.abc import Iterable, Iterator
 
 import torch
@@ -122,7 +123,9 @@ def is_matrix(parameter: torch.Tensor) -> bool:
     bool
         False for scalars, vectors, single rows and single columns.
     """
-    return parameter.ndim >= 2 and len(parameter) > 1 and parameter[0].numel() > 1
+    # By its shape alone: indexing a sharded parameter would wait for other ranks.
+    rows, *rest = parameter.shape or (0,)
+    return len(rest) > 0 and rows > 1 and math.prod(rest) > 1
 
 
 def _is_bias(name: str) -> bool:

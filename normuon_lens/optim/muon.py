@@ -110,8 +110,9 @@ class Muon(MatrixOptimizer):
     Attributes
     ----------
     stage_observer : callable(Parameter, str, Tensor) or None
-        Called during `step` with the (m, n) view of each matrix at the stages ``"momentum"`` and
-        ``"orthogonalized"``. Look, copy, never write. Neither saved nor copied.
+        Called during `step` with the (m, n) view of each matrix at the stages ``"momentum"``,
+        ``"orthogonalized"`` and ``"update"``: what is about to be subtracted, without weight
+        decay. Look, copy, never write. Neither saved nor copied.
 
     Raises
     ------

@@ -93,8 +93,8 @@ class NorMuon(MatrixOptimizer):
     ----------
     stage_observer : callable(Parameter, str, Tensor) or None
         Called during `step` with the (m, n) view of each matrix at the stages ``"momentum"``,
-        ``"orthogonalized"`` and ``"normalized"``. Look, copy, never write. Neither saved nor
-        copied.
+        ``"orthogonalized"``, ``"normalized"`` and ``"update"``: what is about to be subtracted,
+        without weight decay. Look, copy, never write. Neither saved nor copied.
 
     Raises
     ------
