@@ -9,6 +9,7 @@ from typing import Any
 import dash_mantine_components as dmc
 from dash import dcc, html
 
+from normuon_lens.analysis.remarks import remarks
 from normuon_lens.analysis.settled import SKIP
 
 from .figures import empty_figure
@@ -258,19 +259,15 @@ def _status(entry: Entry) -> list[Any]:
         # The age is counted on by the browser, once a second.
         age = html.Span("", **_attributes(data_since=f"{run.times[-1]:.1f}"))
         return [html.Span(className="live-dot"), f"{entry.optimizer} · step {newest}, ", age]
-    return [f"{entry.optimizer} · {newest} steps · {run.status}"]
+    shadow = f" in the shadow of {of}" if (of := run.metadata.get("shadow_of")) else ""
+    return [f"{entry.optimizer}{shadow} · {newest} steps · {run.status}"]
 
 
 def _remarks(entry: Entry) -> list[Any]:
     run = entry.run
     assert run is not None
-    remarks = []
-    if run.dropped:
-        remarks.append(f"{run.dropped} samples dropped: recording could not keep up")
-    for damage in run.damaged:
-        span = f"steps {damage.steps[0]}–{damage.steps[1]}" if damage.steps else "a part"
-        remarks.append(f"{span} damaged and left out: {damage.reason}")
-    return [html.Div(text, className="trouble", role="alert") for text in remarks]
+    said = remarks(run, entry.series("update_error", "update"))
+    return [html.Div(text, className="trouble", role="alert") for text in said]
 
 
 def _dashes(style: Style) -> str:

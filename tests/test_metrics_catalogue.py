@@ -42,6 +42,7 @@ NAMES = [
     "neuron_starved",
     "update_rms",
     "update_to_weight",
+    "update_error",
     "update_to_weight_spectral",
     "cosine_previous",
     "alignment",
@@ -65,6 +66,7 @@ def history() -> dict[str, Floats | int]:
         "sigma": np.stack([sigma for sigma, _ in spectra]),
         "floor": np.array([floor for _, floor in spectra]),
         "weight_norm": rng.uniform(1, 2, STEPS),
+        "roundoff": 2.0**-8,
         "update": updates[1],
         "previous": updates[0],
         "gradient": rng.standard_normal((M, N)),
@@ -101,7 +103,7 @@ def test_labels_are_unique() -> None:
 @EACH
 def test_shape_names_the_needs_in_order(metric: Metric) -> None:
     declared = {"sigma": "(..., k)", "norms": "(..., m)", "floor": "(...)", "weight_norm": "(...)"}
-    declared |= {"columns": "n"}
+    declared |= {"columns": "n", "roundoff": "u"}
     inputs, _, output = metric.shape.partition(" -> ")
     assert inputs == ", ".join(declared.get(need, "(m, n)") for need in metric.needs)
     assert output == ("(...)" if SERIES & set(metric.needs) else "()")
@@ -165,6 +167,7 @@ def test_values_of_one_known_update() -> None:
         "sigma": sigma,
         "floor": floor,
         "weight_norm": 10.0,
+        "roundoff": 2.0**-8,
         "update": update,
         "previous": -update,
         "gradient": -update,
@@ -198,6 +201,7 @@ def test_values_of_one_known_update() -> None:
         "neuron_starved": 1 / 3,
         "update_rms": 5 / np.sqrt(6),
         "update_to_weight": 0.5,
+        "update_error": 0.4 * 2**-8 / 0.5,
         "update_to_weight_spectral": 0.5,
         "cosine_previous": -1,
         "alignment": 25 / (7 * 5 / np.sqrt(2)),

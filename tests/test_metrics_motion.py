@@ -16,6 +16,7 @@ from normuon_lens.metrics import (
     cosine,
     leverage_scores,
     singular_values,
+    update_error,
     update_to_weight,
     update_to_weight_spectral,
 )
@@ -125,6 +126,29 @@ def test_update_to_weight() -> None:
     ratio = update_to_weight([1.0, 0.0, 1.0, np.nan, 1.0, np.inf], [4.0, 2.0, 0.0, 1.0, np.inf, 1])
     np.testing.assert_array_equal(ratio, [0.25, 0.0, np.nan, np.nan, np.nan, np.nan])
     assert update_to_weight(np.float32(1), 3.0).dtype == np.float64
+
+
+@pytest.mark.parametrize(("bits", "size"), [(8, 0.3), (8, 0.02), (11, 0.01), (24, 1e-5)])
+def test_update_error_is_that_of_rounding_the_sum(bits: int, size: float) -> None:
+    """Weights of `bits` binary digits, moved and rounded again: the difference is off by this."""
+
+    def rounded(x: Floats) -> Floats:
+        unit = 2.0 ** (np.floor(np.log2(np.abs(x))) + 1 - bits)
+        return np.round(x / unit) * unit
+
+    weight, update = rounded(gaussian((64, 64), 1)), size * gaussian((64, 64), 2)
+    seen = rounded(weight + update) - weight
+    true = np.linalg.norm(seen - update) / np.linalg.norm(update)
+    estimate = update_error(np.linalg.norm(seen), np.linalg.norm(weight), 2.0**-bits)
+    assert 0.7 * true < estimate < 1.4 * true
+
+
+def test_update_error_at_its_ends() -> None:
+    np.testing.assert_array_equal(
+        update_error([1.0, 1e-9, 0.0, np.nan, 1.0], [1.0, 1.0, 1.0, 1.0, np.nan], 2.0**-8),
+        [0.4 * 2.0**-8, 1.0, np.nan, np.nan, np.nan],
+    )
+    assert update_error(1.0, 5.0, 0.0) == 0.0
 
 
 @pytest.mark.parametrize("shape", SHAPES)

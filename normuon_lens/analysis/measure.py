@@ -9,13 +9,14 @@ import numpy as np
 
 from normuon_lens.errors import LensError
 from normuon_lens.metrics import CATALOGUE, Metric, describe
-from normuon_lens.runfile import Run, Spectra
+from normuon_lens.metrics.spectrum import UNIT_ROUNDOFF
+from normuon_lens.runfile import Matrix, Run, Spectra
 
 if TYPE_CHECKING:
     import pandas as pd
 
 FROM_NORMS = {"norms", "columns"}
-FROM_SPECTRA = {"sigma", "floor", "weight_norm"}
+FROM_SPECTRA = {"sigma", "floor", "weight_norm", "roundoff"}
 FROM_MATRICES = {"update", "previous"}
 """What a run can supply, by the schedule on which it was recorded."""
 
@@ -139,11 +140,21 @@ def _over_spectra(run: Run, metric: Metric, stage: str, after: int) -> Series:
             "sigma": spectra.sigma[:, run.table.sigmas(i)],
             "floor": spectra.floor[:, i],
             "weight_norm": spectra.weight_norm[:, i],
+            "roundoff": _roundoff(run, matrix),
             "norms": norms[:, run.table.rows(i)],
             "columns": matrix.n,
         }
         values[:, i] = metric.compute(*(inputs[name] for name in metric.needs))
     return Series(spectra.steps, values)
+
+
+def _roundoff(run: Run, matrix: Matrix) -> float:
+    """Return the unit roundoff of a weight whose updates are differences of weights, else 0."""
+    try:
+        exact = run.metadata["groups"][matrix.group]["update"] == "exact"
+    except (KeyError, IndexError, TypeError):  # recorded by a version that knew no other way
+        exact = False
+    return 0.0 if exact else UNIT_ROUNDOFF.get(matrix.dtype, 0.0)
 
 
 def _over_matrices(run: Run, metric: Metric, stage: str, after: int) -> Series:

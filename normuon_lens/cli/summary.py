@@ -36,6 +36,7 @@ def summary(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
 def _summarise(run: Run, skip: int) -> dict[str, Any]:
     from normuon_lens.analysis import measure
     from normuon_lens.analysis.comparison import final_loss
+    from normuon_lens.analysis.remarks import remarks
     from normuon_lens.analysis.settled import finite_median, settled
 
     measured = {name: settled(measure(run, name), skip=skip) for name in (*COLUMNS, BOUND)}
@@ -52,6 +53,7 @@ def _summarise(run: Run, skip: int) -> dict[str, Any]:
         "path": str(run.path),
         "name": run.name,
         "optimizer": run.optimizer,
+        "shadow_of": run.metadata.get("shadow_of", ""),
         "groups": run.metadata.get("groups", []),
         "status": run.status,
         "steps": len(run.steps),
@@ -60,7 +62,7 @@ def _summarise(run: Run, skip: int) -> dict[str, Any]:
         "repeated_steps": run.overlaps,
         "sampled_steps": len(run.spectrum_steps()),
         "dropped": run.dropped,
-        "damaged": [f"{damage.path}: {damage.reason}" for damage in run.damaged],
+        "remarks": remarks(run),
         "loss": final_loss(run),
         "matrices": matrices,
     }
@@ -71,17 +73,17 @@ def _print(content: dict[str, Any], skip: int) -> None:
 
     to = console()
     counts = [f"{content['steps']} steps", f"{content['sampled_steps']} sampled", content["status"]]
-    for key in ("void_steps", "repeated_steps", "dropped"):
-        if content[key]:
-            counts.append(f"{content[key]} {key.replace('_', ' ')}")
-    to.print(f"{content['path']}: {content['optimizer']}, {', '.join(counts)}")
+    if content["void_steps"]:
+        counts.append(f"{content['void_steps']} void steps")
+    shadow = f" (shadow of {content['shadow_of']})" if content["shadow_of"] else ""
+    to.print(f"{content['path']}: {content['optimizer']}{shadow}, {', '.join(counts)}")
     for group in content["groups"]:
         known = {key: value for key, value in group.items() if value is not None}
         name = known.pop("optimizer", content["optimizer"])
         settings = ", ".join(f"{key}={value}" for key, value in known.items() if value is not False)
         to.print(f"  {name}: {settings}")
-    for damage in content["damaged"]:
-        to.print(f"  damaged, left out: {damage}")
+    for remark in content["remarks"]:
+        to.print(f"  {remark}")
     labels = [describe(metric).label for metric in COLUMNS]
     title = f"Updates (medians; first {skip} steps left out)"
     table = new_table(title, ["matrix", "shape", *labels])

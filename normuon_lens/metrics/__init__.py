@@ -9,6 +9,7 @@ from normuon_lens.metrics.motion import (
     alignment,
     cosine,
     leverage_scores,
+    update_error,
     update_to_weight,
     update_to_weight_spectral,
 )
@@ -78,6 +79,7 @@ __all__ = [
     "spread_p95_p5",
     "stable_rank",
     "starved_streak",
+    "update_error",
     "update_rms",
     "update_to_weight",
     "update_to_weight_spectral",

@@ -22,6 +22,7 @@ INPUTS: dict[str, str] = {
     "sigma": "(..., k) singular values of the update, descending, k = min(m, n)",
     "floor": "(...) below it a singular value is noise",
     "weight_norm": "(...) Frobenius norm of the weight before the step",
+    "roundoff": "float, unit roundoff of the weight where the update is a difference of weights",
     "update": "(m, n) what the step did to the weight, without decoupled weight decay",
     "previous": "(m, n) the update recorded before this one",
     "gradient": "(m, n) gradient of the step",
@@ -112,6 +113,10 @@ def _update_to_weight(norms: ArrayLike, weight_norm: ArrayLike) -> ArrayLike:
     return motion.update_to_weight(neurons.frobenius_norm(norms), weight_norm)
 
 
+def _update_error(norms: ArrayLike, weight_norm: ArrayLike, roundoff: ArrayLike) -> ArrayLike:
+    return motion.update_error(neurons.frobenius_norm(norms), weight_norm, roundoff)
+
+
 _SHAPES = {
     ("sigma",): "(..., k) -> (...)",
     ("sigma", "floor"): "(..., k), (...) -> (...)",
@@ -119,6 +124,7 @@ _SHAPES = {
     ("norms",): "(..., m) -> (...)",
     ("norms", "columns"): "(..., m), n -> (...)",
     ("norms", "weight_norm"): "(..., m), (...) -> (...)",
+    ("norms", "weight_norm", "roundoff"): "(..., m), (...), u -> (...)",
     ("update", "previous"): "(m, n), (m, n) -> ()",
     ("gradient", "update"): "(m, n), (m, n) -> ()",
 }
@@ -375,6 +381,17 @@ _ROWS = (
         "How large the step is beside the weight that it changes.",
         ("norms", "weight_norm"),
         _update_to_weight,
+    ),
+    _row(
+        "update_error",
+        "rounding error of the update",
+        "ratio",
+        "min(1, 0.4 u ‖W‖_F / ‖U‖_F)",
+        "How much of what is recorded as the update is the rounding of the weights that it is a "
+        "difference of; 0 where the update was taken before it was added. Above 0.1 no figure of "
+        "this matrix can be trusted.",
+        ("norms", "weight_norm", "roundoff"),
+        _update_error,
     ),
     _row(
         "update_to_weight_spectral",
