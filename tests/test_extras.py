@@ -13,9 +13,11 @@ from normuon_lens.extras import require
 ADVICE = 'this needs torch: pip install "normuon-lens[torch]"'
 
 
-@pytest.mark.parametrize("module", ["normuon_lens.hooks", "normuon_lens.optim"])
-def test_import_without_torch_says_what_to_install(module: str) -> None:
-    code = f"import sys; sys.modules['torch'] = None; import {module}"
+@pytest.mark.parametrize(
+    "statement", ["from normuon_lens.hooks import attach", "import normuon_lens.optim"]
+)
+def test_import_without_torch_says_what_to_install(statement: str) -> None:
+    code = f"import sys; sys.modules['torch'] = None; {statement}"
     done = subprocess.run([sys.executable, "-c", code], capture_output=True, text=True)
     assert done.stderr.splitlines()[-1].endswith(ADVICE)
 

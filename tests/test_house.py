@@ -37,7 +37,11 @@ ONLY_IN = {
     "dash": {"dashboard"},
     "plotly": {"dashboard"},
     "h5py": {"runfile"},
+    "lightning": {"hooks"},
+    "transformers": {"hooks"},
 }
+
+HEAVY = {"torch", "dash", "plotly", "lightning", "transformers"}
 
 
 def sources() -> list[Path]:
@@ -134,10 +138,11 @@ def test_face_is_pinned() -> None:
         "from normuon_lens.cli.main import main; main(['--help'])",
         "from normuon_lens.cli.main import main; main(['demo', '--help'])",
         "from normuon_lens.cli.main import main; main(['dashboard', '--help'])",
+        "from normuon_lens.cli.main import main; main(['run', '--help'])",
     ],
 )
 def test_heavy_libraries_stay_out(code: str) -> None:
-    check = f"{code}\nimport sys\nassert not {{'torch', 'dash', 'plotly'}} & set(sys.modules)"
+    check = f"{code}\nimport sys\nassert not {HEAVY} & set(sys.modules)"
     subprocess.run(
         [sys.executable, "-c", check], check=True, cwd=ROOT.parent, stdout=subprocess.DEVNULL
     )
