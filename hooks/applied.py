@@ -8,6 +8,7 @@ taken from what the rule itself used. Decoupled weight decay is never part of it
 from __future__ import annotations
 
 import math
+import time
 from collections.abc import Sequence
 
 import torch
@@ -80,14 +81,27 @@ class Difference(Tap):
         torch._foreach_copy_(self._buffers, weights)
         self._decay = [decoupled_decay(self._optimizer, item.group) for item in self._watched]
         self._weight_norms = _norms(self._buffers, look)
+        self._due = [item.parameter.grad is not None for item in self._watched]
+
+    def moved(self) -> bool:
+        """Tell whether every weight that has a gradient is another than before."""
+        assert self._buffers is not None
+        due = [
+            (buffer, matrix_view(item.parameter))
+            for buffer, item, due in zip(self._buffers, self._watched, self._due, strict=True)
+            if due
+        ]
+        return bool(due) and not any(bool((buffer == weight).all()) for buffer, weight in due)
 
     def after(self, look: Look) -> None:
         """Subtract them."""
         assert self._buffers is not None
-        for buffer, item, decay, norm in zip(
-            self._buffers, self._watched, self._decay, self._weight_norms, strict=True
+        for buffer, item, decay, norm, due in zip(
+            self._buffers, self._watched, self._decay, self._weight_norms, self._due, strict=True
         ):
             weight = matrix_view(item.parameter)
+            if not due and item.parameter.grad is None:
+                decay = 0.0  # nothing was done to it, and nothing is to be taken out
             if decay:
                 # The optimizer multiplies W by the same number in the same precision, so in
                 # float32 the decay is taken out without an error of its own.
@@ -103,32 +117,49 @@ class AdamDirection(Tap):
     def before(self, look: Look) -> None:
         """Note what the step is about to use up or move."""
         self._decay = [decoupled_decay(self._optimizer, item.group) for item in self._watched]
+        self._rates = [
+            float(self._optimizer.param_groups[item.group]["lr"]) for item in self._watched
+        ]
         self._weight_norms = _norms([matrix_view(item.parameter) for item in self._watched], look)
+        self._steps = self._steps_taken()
+        self._due = [item.parameter.grad is not None for item in self._watched]
+
+    def moved(self) -> bool:
+        """Tell whether every weight that has a gradient has had its step counted."""
+        counted = zip(self._steps, self._steps_taken(), self._due, strict=True)
+        due = [after > before for before, after, due in counted if due]
+        return bool(due) and all(due)
 
     def after(self, look: Look) -> None:
         """Compute the step once more, without the weight."""
-        # Adam leaves a parameter without a gradient, and its state, alone.
-        moved = [item.parameter.grad is not None for item in self._watched]
-        states = [self._optimizer.state[item.parameter] for item in self._watched]
-        steps = _numbers([s["step"] for s, moves in zip(states, moved, strict=True) if moves])
-        for item, state, moves, decay, norm in zip(
-            self._watched, states, moved, self._decay, self._weight_norms, strict=True
+        for item, step, before, rate, decay, norm in zip(
+            self._watched,
+            self._steps_taken(),
+            self._steps,
+            self._rates,
+            self._decay,
+            self._weight_norms,
+            strict=True,
         ):
-            if not moves:
+            if step == before:  # Adam leaves a parameter without a gradient, and its state, alone
                 still = torch.zeros_like(matrix_view(item.parameter))
                 self._take(item, "update", still, decay=0.0, weight_norm=norm)
                 continue
             group = self._optimizer.param_groups[item.group]
+            state = self._optimizer.state[item.parameter]
             beta1, beta2 = (float(beta) for beta in group["betas"])
-            step = steps.pop(0)
             correction = math.sqrt(1 - beta2**step)
             second = state["max_exp_avg_sq" if group["amsgrad"] else "exp_avg_sq"]
             dtype = torch.promote_types(second.dtype, torch.float32)
             # ε·√(1−β2ᵗ) instead of √v/√(1−β2ᵗ): one pass over the matrix less.
             ratio = matrix_view(second).to(dtype).sqrt().add_(group["eps"] * correction)
             torch.div(matrix_view(state["exp_avg"]), ratio, out=ratio)
-            scale = -float(group["lr"]) * correction / (1 - beta1**step)
+            scale = -rate * correction / (1 - beta1**step)
             self._take(item, "update", ratio, scale=scale, decay=decay, weight_norm=norm)
+
+    def _steps_taken(self) -> list[float]:
+        states = [self._optimizer.state.get(item.parameter, {}) for item in self._watched]
+        return _numbers([state.get("step", 0.0) for state in states])
 
 
 class HandedOver(Tap):
@@ -146,6 +177,8 @@ class HandedOver(Tap):
         self._ours = optimizer
         self._stages = stages
         self._items = {item.parameter: item for item in watched}
+        # In a compiled step the graph ends here; without this the compiler would look in too.
+        self._observer = torch.compiler.disable(self._observe)  # type: ignore[no-untyped-call]
         self._watching = False
         self._error: Exception | None = None
 
@@ -155,8 +188,19 @@ class HandedOver(Tap):
         self._seen: set[int] = set()
         if not self._watching:
             self._others = self._ours.stage_observer
-            self._ours.stage_observer = self._observe
+            self._ours.stage_observer = self._observer
         self._watching = True
+        self._due = {item.index for item in self._watched if item.parameter.grad is not None}
+
+    def moved(self) -> bool:
+        """Tell whether every weight that has a gradient has had its update shown."""
+        return bool(self._due) and self._due <= self._seen
+
+    def release(self) -> None:
+        """Stop watching."""
+        if self._watching:
+            self._ours.stage_observer = self._others
+        self._watching = False
 
     def after(self, look: Look) -> None:
         """Stop watching.
@@ -166,8 +210,7 @@ class HandedOver(Tap):
         Exception
             What went wrong while watching: it must not be raised inside the optimizer's step.
         """
-        self._ours.stage_observer = self._others
-        self._watching = False
+        self.release()
         error, self._error = self._error, None
         if error is not None:
             raise error
@@ -183,6 +226,7 @@ class HandedOver(Tap):
         item = self._items.get(parameter)
         if item is None or self._error is not None:
             return
+        began = time.perf_counter()
         try:
             if stage == "update":
                 self._seen.add(item.index)
@@ -194,6 +238,7 @@ class HandedOver(Tap):
                 self._take(item, stage, matrix)
         except Exception as error:
             self._error = error
+        self.seconds += time.perf_counter() - began
 
 
 def _norm(matrix: torch.Tensor) -> torch.Tensor:

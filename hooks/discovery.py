@@ -14,12 +14,9 @@ import torch
 
 from normuon_lens.optim.groups import is_matrix
 
-from .selection import leaf_optimizers
+from .selection import leaf_optimizers, unwrapped
 
 T = TypeVar("T")
-
-WRAPPED_AS = ("module", "_orig_mod")
-"""The only child of DistributedDataParallel, of torch.compile's module, and of their like."""
 
 
 class Found(NamedTuple):
@@ -68,7 +65,7 @@ def discover(
         if other not in known and trained and not trained & taken:
             together.append(other)
             taken |= trained
-    return Found(_unwrapped(model), together)
+    return Found(unwrapped(model), together)
 
 
 def parameters_of(optimizer: torch.optim.Optimizer) -> Iterator[torch.Tensor]:
@@ -119,13 +116,3 @@ def _values(module: torch.nn.Module, kind: str) -> Iterator[object]:
     """Yield what is registered in a module; by its dict, for a half-made module has no more."""
     registered = vars(module).get(kind) or {}
     yield from (value for value in registered.values() if value is not None)
-
-
-def _unwrapped(model: torch.nn.Module) -> torch.nn.Module:
-    """Return the model inside wrappers such as DistributedDataParallel's."""
-    while len(children := dict(model.named_children())) == 1:
-        name, child = children.popitem()
-        if name not in WRAPPED_AS or next(model.parameters(recurse=False), None) is not None:
-            break
-        model = child
-    return model

@@ -8,6 +8,7 @@ time or fail is the helper process's business.
 from __future__ import annotations
 
 import atexit
+import itertools
 import math
 import os
 import shlex
@@ -32,6 +33,7 @@ from normuon_lens.runfile.schema import parts_of
 from .applied import update_tap
 from .budget import Budget
 from .feed import START_SECONDS, Feed, FeedLost, FeedSilent
+from .nesting import Nesting
 from .schedule import Schedule
 from .selection import Watched
 from .shadow import Shadow, shadow_name, shadow_path
@@ -94,15 +96,19 @@ class Recorder:
         self._process = os.getpid()
         self._feed: Feed | None = None
         self._tracks: list[Track] = []
+        self._taps: list[list[Tap]] = []
         self._handles: list[Any] = []
         self._closed: list[dict[str, Any]] = []
         self._failure = ""
+        self._in_hook = False
         self._started = self._ended = self._counted = 0.0
         self._counted_seconds = 0.0
         self._clock = time.time() - time.perf_counter()
         self._begun: set[int] = set()
         self._stepped: set[int] = set()
         self._looks: dict[int, Look] = {}
+        self._rates: dict[int, float] = {}
+        self._nesting = [Nesting() for _ in optimizers]
         self._scalars: dict[str, Any] = {}
         self._at_exit = partial(_close_at_exit, weakref.ref(self), getattr(sys, "last_value", None))
         if (rank := _rank()) > 0:
@@ -222,6 +228,9 @@ class Recorder:
 
     def _before(self, i: int, closure: bool) -> None:
         optimizer = self._optimizers[i]
+        if not self._nesting[i].enter():
+            return
+        self._settle()
         if i in self._stepped:
             self._end_step()
         if _is_phantom(optimizer) or _is_capturing():
@@ -229,6 +238,7 @@ class Recorder:
         if not self._stepped:
             self._begin_step()
         self._begun.add(i)
+        self._rates[i] = float(optimizer.param_groups[self._watched[i][0].group]["lr"])
         recorded = self._schedule.norms(self.steps)
         if _found_inf(optimizer):
             self._skip(i, recorded)
@@ -240,13 +250,22 @@ class Recorder:
                 tap.before(look)
 
     def _after(self, i: int, closure: bool) -> None:
-        look = self._looks.pop(i, None)
-        if look is None:
-            return
+        if self._nesting[i].leave() and i in self._looks:
+            self._look(i)
+
+    def _settle(self) -> None:
+        """Look at steps that were taken, but whose hook a Ctrl-C kept from looking."""
+        for i in list(self._looks):
+            if self._looks[i].recorded and any(tap.moved() for tap in self._taps[i]):
+                self._look(i)
+
+    def _look(self, i: int) -> None:
+        look = self._looks.pop(i)
         self._stepped.add(i)
         for tap in self._taps[i]:
             if look.recorded or tap.every_step:
                 tap.after(look)
+                self.seconds, tap.seconds = self.seconds + tap.seconds, 0.0
         for track in self._tracks:
             track.collect()
 
@@ -272,7 +291,8 @@ class Recorder:
     def _end_step(self) -> None:
         """Hand over the rows of the step just taken; its matrices went before."""
         when = self._clock + self._ended
-        lr = {"lr": self._lr()}
+        # The first optimizer's, as it was used: a scheduler has changed it by now.
+        lr = {"lr": self._rates[min(self._rates)]}
         logged = {name: float(value) for name, value in self._scalars.items()}
         for track in self._tracks:
             # The loss is that of the real path, so no shadow may claim it.
@@ -306,10 +326,6 @@ class Recorder:
             self._end_step()
         self.steps = _steps_taken(self._optimizers) or self.steps
 
-    def _lr(self) -> float:
-        i = next(i for i, mine in enumerate(self._watched) if mine)
-        return float(self._optimizers[i].param_groups[self._watched[i][0].group]["lr"])
-
     def _note(self, scalars: dict[str, Any]) -> None:
         for name, value in scalars.items():
             if isinstance(value, torch.Tensor):
@@ -319,6 +335,7 @@ class Recorder:
 
     def _flush(self) -> None:
         assert self._feed is not None
+        self._settle()
         if self._stepped:
             self._end_step()
         self._feed.ask("flush", {"ticket": self.steps}, "flushed", CLOSE_SECONDS)
@@ -375,6 +392,7 @@ class Recorder:
 
     def _close(self, status: str) -> None:
         if not self.active:
+            self._unhook()
             return
         try:
             self._guarded(self._finish)(status)
@@ -384,6 +402,7 @@ class Recorder:
 
     def _finish(self, status: str) -> None:
         assert self._feed is not None
+        self._settle()
         if self._stepped:
             self._end_step()
         self._closed = self._feed.ask(
@@ -391,14 +410,22 @@ class Recorder:
         )
 
     def _detach(self, seconds: float = 5.0) -> None:
-        for handle in self._handles:
-            handle.remove()
-        self._handles.clear()
+        for tap in itertools.chain.from_iterable(self._taps):
+            tap.release()
+        self._taps.clear()
+        self._unhook()
         feed, self._feed = self._feed, None
         if feed is not None:
             self._abandoned.detach()
             feed.close(seconds)
         atexit.unregister(self._at_exit)
+
+    def _unhook(self) -> None:
+        # Not from within a hook: torch is going through the list that it would be taken from.
+        if not self._in_hook:
+            for handle in self._handles:
+                handle.remove()
+            self._handles.clear()
 
     def _guarded(self, body: Callable[..., None]) -> Callable[..., None]:
         """Wrap what runs inside the training: no exception of ours gets out of it."""
@@ -422,8 +449,12 @@ class Recorder:
             with uninterrupted():
                 began = time.perf_counter()
                 closure = any(value is not None for value in (*args[1:], kwargs.get("closure")))
-                with torch.no_grad():
-                    guarded(i, closure)
+                self._in_hook = True
+                try:
+                    with torch.no_grad():
+                        guarded(i, closure)
+                finally:
+                    self._in_hook = False
                 self._ended = time.perf_counter()
                 self.seconds += self._ended - began
 

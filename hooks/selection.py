@@ -13,6 +13,9 @@ from normuon_lens.errors import AttachError
 from normuon_lens.optim.groups import is_matrix
 from normuon_lens.runfile import Matrices, Matrix
 
+WRAPPED_AS = ("module", "_orig_mod")
+"""The only child of DistributedDataParallel, of torch.compile's module, and of their like."""
+
 TRANSPOSED = (torch.nn.ConvTranspose1d, torch.nn.ConvTranspose2d, torch.nn.ConvTranspose3d)
 GPT2_CONV1D = "transformers.pytorch_utils.Conv1D"
 """Modules that store (inputs, outputs, ...). The second is what GPT-2's linear layers are."""
@@ -68,6 +71,27 @@ def leaf_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimi
     return list(dict.fromkeys(leaf for each in nested for leaf in leaf_optimizers(each)))
 
 
+def unwrapped(model: torch.nn.Module) -> torch.nn.Module:
+    """Return the model inside wrappers that hold nothing but it.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+        Possibly wrapped by DistributedDataParallel, torch.compile or their like.
+
+    Returns
+    -------
+    torch.nn.Module
+        Its parameters have the names that they have without the wrapper.
+    """
+    while len(children := dict(model.named_children())) == 1:
+        name, child = children.popitem()
+        if name not in WRAPPED_AS or next(model.parameters(recurse=False), None) is not None:
+            break
+        model = child
+    return model
+
+
 def select(
     model: torch.nn.Module,
     optimizers: Sequence[torch.optim.Optimizer],
@@ -96,6 +120,7 @@ def select(
         If the optimizers train no matrix of the model, the patterns leave none, or a parameter
         is sharded over several processes.
     """
+    model = unwrapped(model)
     owners: dict[int, tuple[int, int, int]] = {}
     group_count = 0
     for i, optimizer in enumerate(optimizers):

@@ -17,10 +17,14 @@ from .tap import Look, Tap, gradient_of
 class TorchMuonStages(Tap):
     """Momentum and orthogonalized of ``torch.optim.Muon``, computed again after its step."""
 
+    def before(self, look: Look) -> None:
+        """Hold the gradients: a hook of the user's may let them go as soon as the step is done."""
+        self._gradients = self._look(look.closure)
+
     def after(self, look: Look) -> None:
         """Orthogonalize once more what the step orthogonalized."""
-        for item in self._watched:
-            gradient = gradient_of(self._optimizer, item.parameter)
+        held = self._look(False) if look.closure else self._gradients
+        for item, gradient in zip(self._watched, held, strict=True):
             if gradient is None:
                 continue
             group = self._optimizer.param_groups[item.group]
@@ -31,3 +35,9 @@ class TorchMuonStages(Tap):
             )
             self._take(item, "momentum", momentum)
             self._take(item, "orthogonalized", orthogonalized)
+        self._gradients = []
+
+    def _look(self, later: bool) -> list[torch.Tensor | None]:
+        if later:
+            return []
+        return [gradient_of(self._optimizer, item.parameter) for item in self._watched]

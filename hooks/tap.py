@@ -74,6 +74,9 @@ class Tap:
     every_step = False
     """Whether it must see steps that are not recorded, too."""
 
+    seconds = 0.0
+    """Time spent in the midst of steps so far, between :meth:`before` and :meth:`after`."""
+
     def __init__(
         self, optimizer: torch.optim.Optimizer, watched: Sequence[Watched], take: Take
     ) -> None:
@@ -86,6 +89,13 @@ class Tap:
 
     def after(self, look: Look) -> None:
         """Look just after the step."""
+
+    def moved(self) -> bool:
+        """Tell whether the step that was begun is known to have been taken."""
+        return False
+
+    def release(self) -> None:
+        """Let go of the optimizer; the step that was begun may never have ended."""
 
 
 def gradient_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor | None:
