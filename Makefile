@@ -13,7 +13,7 @@ help:
 	@echo "make demo     set up, train three optimizers side by side, watch them in the browser"
 	@echo "make test     set up, then lint, check types and run all tests (installs Chromium)"
 	@echo "make samples  record sample_runs/*.h5 anew"
-	@echo "make benchmarks   measure what recording costs, side by side (ten minutes)"
+	@echo "make benchmarks   measure what recording costs, side by side (fifteen minutes)"
 	@echo "make clean    remove what these commands made"
 
 demo: $(VENV)/ready
@@ -42,8 +42,9 @@ chromium:
 samples: $(VENV)/ready
 	$(BIN)/python -m normuon_lens.sample_runs.remake
 
-benchmarks: $(VENV)/ready-for-tests
-	$(BIN)/python benchmarks/recording_overhead.py
+benchmarks: $(VENV)/ready
+	@$(PIP) install -q -c constraints.txt -e '.[benchmarks]'
+	$(BIN)/python benchmarks/recording_overhead.py $(ARGS)
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

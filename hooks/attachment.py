@@ -114,8 +114,8 @@ def attach(
 
     Notes
     -----
-    It takes the memory of at most one more copy of the recorded weights, beside them (none for
-    Adam, AdamW and our own optimizers), and shared memory for four samples (8 MB to 512 MB, or
+    It takes the memory of at most one more copy of the recorded weights, beside them (none under
+    our own optimizers), and shared memory for four samples (8 MB to 512 MB, or
     one sample of the largest matrix).
     """
     optimizers = _leaves(optimizer)

@@ -238,7 +238,8 @@ class Recorder:
         if not self._stepped:
             self._begin_step()
         self._begun.add(i)
-        self._rates[i] = float(optimizer.param_groups[self._watched[i][0].group]["lr"])
+        group = optimizer.param_groups[self._watched[i][0].group]
+        self._rates[i] = float(group.get("lr", math.nan))
         recorded = self._schedule.norms(self.steps)
         if _found_inf(optimizer):
             self._skip(i, recorded)

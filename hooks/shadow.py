@@ -132,7 +132,7 @@ class Shadow(Tap):
             stand_in.grad = None if gradient is None else gradient.to(stand_in.dtype)
         if self._follows_lr:
             for group, mine in zip(self._groups, self._shadow.param_groups, strict=True):
-                mine["lr"] = float(self._optimizer.param_groups[group]["lr"])
+                mine["lr"] = float(self._optimizer.param_groups[group].get("lr", 1.0))
         torch._foreach_zero_([stand_in.detach() for stand_in in self._stand_ins])
         if isinstance(self._shadow, Muon | NorMuon):
             self._shadow.stage_observer = self._observe if look.recorded and self._stages else None

@@ -17,6 +17,8 @@ from .feed import Feed
 from .schedule import Schedule
 from .selection import Watched
 
+NARROW = (torch.bfloat16, torch.float16)
+
 
 class Track:
     """Takes the matrices of one recording, step by step.
@@ -70,7 +72,9 @@ class Track:
 
         See :class:`normuon_lens.hooks.tap.Take`.
         """
-        matrix = item.by_neurons(matrix).to(torch.promote_types(matrix.dtype, torch.float32))
+        matrix = item.by_neurons(matrix)
+        if matrix.dtype in NARROW:
+            matrix = matrix.float()
         norms = torch.linalg.vector_norm(matrix, dim=1)
         self._norms.append((item, stage, norms if scale == 1.0 else norms * abs(scale)))
         if not (self._spectra or self._keep):

@@ -137,7 +137,7 @@ print(json.dumps([max(now[i] - before[i] for now in after) for i in (0, 1)]))
 
 @needs_proc
 @pytest.mark.parametrize(
-    ("rule", "stages", "copies"), [("SGD", False, 1), ("AdamW", True, 0), ("NorMuon", True, 0)]
+    ("rule", "stages", "copies"), [("SGD", False, 1), ("AdamW", True, 1), ("NorMuon", True, 0)]
 )
 def test_memory_of_attaching(rule: str, stages: bool, copies: int, tmp_path: Path) -> None:
     """One copy of the recorded weights where updates are differences of them, else none."""
