@@ -36,8 +36,9 @@ from .feed import START_SECONDS, Feed, FeedLost, FeedSilent
 from .nesting import Nesting
 from .schedule import Schedule
 from .selection import Watched
-from .shadow import Shadow, shadow_name, shadow_path
+from .shadow import Shadow, describe_shadow, shadow_path
 from .stages import TorchMuonStages
+from .steps import found_inf, is_capturing, is_phantom, steps_taken
 from .tap import Gradients, Look, Tap
 from .track import Track
 from .uninterrupted import uninterrupted
@@ -115,7 +116,7 @@ class Recorder:
             self._failure = f"rank {rank} does not record: rank 0 does"
             return
 
-        describing = [metadata, *(_describe_shadow(metadata, *item) for item in shadow.items())]
+        describing = [metadata, *(describe_shadow(metadata, *item) for item in shadow.items())]
         streams = (1 + 3 * stages) * len(self._paths)
         self._feed, last_steps = self._open(matrices, describing, options, streams)
         self._tracks = [
@@ -127,7 +128,7 @@ class Recorder:
             self._taps_of(i, stages, shadow) if mine else [] for i, mine in enumerate(self._watched)
         ]
         if step is None:
-            step = _steps_taken(optimizers) or last_steps[0]
+            step = steps_taken(optimizers) or last_steps[0]
         self.steps = self._start = step
         self._schedule = replace(schedule, first=step + 1)
         RECORDED.update(optimizers)
@@ -233,7 +234,7 @@ class Recorder:
         self._settle()
         if i in self._stepped:
             self._end_step()
-        if _is_phantom(optimizer) or _is_capturing():
+        if is_phantom(optimizer) or is_capturing():
             return
         if not self._stepped:
             self._begin_step()
@@ -241,7 +242,7 @@ class Recorder:
         group = optimizer.param_groups[self._watched[i][0].group]
         self._rates[i] = float(group.get("lr", math.nan))
         recorded = self._schedule.norms(self.steps)
-        if _found_inf(optimizer):
+        if found_inf(optimizer):
             self._skip(i, recorded)
             return
         look = Look(recorded, self._schedule.sample(self.steps), closure)
@@ -325,7 +326,7 @@ class Recorder:
         """Count on from the step of a checkpoint that was loaded, if its state says."""
         if self._stepped:
             self._end_step()
-        self.steps = _steps_taken(self._optimizers) or self.steps
+        self.steps = steps_taken(self._optimizers) or self.steps
 
     def _note(self, scalars: dict[str, Any]) -> None:
         for name, value in scalars.items():
@@ -520,7 +521,8 @@ def _close_at_exit(found: weakref.ref[Recorder], old_error: BaseException | None
     """Close what a script left open: finished, unless an exception is what ended the script."""
     recorder, error = found(), getattr(sys, "last_value", None)
     if recorder is not None:
-        failed = error is not None and error is not old_error
+        # In a notebook an error ends a cell, not the training.
+        failed = error is not None and error is not old_error and not hasattr(sys, "ps1")
         recorder._close(f"interrupted: {type(error).__name__}" if failed else "finished")
 
 
@@ -539,57 +541,6 @@ def _rank() -> int:
         rank: int = torch.distributed.get_rank()
         return rank
     return int(os.environ.get("RANK", "0")) if int(os.environ.get("WORLD_SIZE", "1")) > 1 else 0
-
-
-def _steps_taken(optimizers: Sequence[torch.optim.Optimizer]) -> int:
-    """Return how many steps the optimizers have taken, as far as their state says; else 0."""
-    taken = [
-        int(state["step"])
-        for optimizer in optimizers
-        for state in optimizer.state.values()
-        if isinstance(state, dict) and "step" in state
-    ]
-    return max(taken, default=0)
-
-
-def _is_phantom(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether a step only makes an optimizer create its state: no rate, no gradient.
-
-    ``torch.distributed.checkpoint`` takes such a step when it asks for the state of an optimizer
-    that has none.
-    """
-    if optimizer.state or any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
-        return False
-    parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
-    return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
-
-
-def _is_capturing() -> bool:
-    """Tell whether a CUDA graph is being captured: nothing may be copied to the CPU then."""
-    started: bool = torch.cuda.is_initialized()  # type: ignore[no-untyped-call]
-    return started and torch.cuda.is_current_stream_capturing()
-
-
-def _found_inf(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether a fused optimizer is about to skip its step: a scaler's gradients overflowed."""
-    found = getattr(optimizer, "found_inf", None)
-    return found is not None and bool(found)
-
-
-def _describe_shadow(metadata: dict[str, Any], rule: str, hyper: dict[str, Any]) -> dict[str, Any]:
-    """Turn the description of a run into that of its shadow under `rule`."""
-    optimizer = shadow_name(rule)
-    groups = [
-        {"optimizer": optimizer, "update": "exact", "lr": group.get("lr"), **hyper}
-        for group in metadata["groups"]
-    ]
-    return metadata | {
-        "optimizer": optimizer,
-        "name": f"{optimizer} (shadow)",
-        "groups": groups,
-        "shadow_of": metadata["optimizer"],
-    }
 
 
 def _name_some(matrices: Matrices) -> str:

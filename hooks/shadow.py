@@ -72,6 +72,21 @@ def shadow_path(path: Path, rule: str) -> Path:
     return path.with_name(f"{path.name.removesuffix('.h5')}.shadow-{rule}.h5")
 
 
+def describe_shadow(metadata: dict[str, Any], rule: str, hyper: dict[str, Any]) -> dict[str, Any]:
+    """Turn the description of a run into that of its shadow under `rule`."""
+    optimizer = shadow_name(rule)
+    groups = [
+        {"optimizer": optimizer, "update": "exact", "lr": group.get("lr"), **hyper}
+        for group in metadata["groups"]
+    ]
+    return metadata | {
+        "optimizer": optimizer,
+        "name": f"{optimizer} (shadow)",
+        "groups": groups,
+        "shadow_of": metadata["optimizer"],
+    }
+
+
 class Shadow(Tap):
     """One rule in the shadow of one real optimizer.
 

@@ -19,11 +19,11 @@ class TorchMuonStages(Tap):
 
     def before(self, look: Look) -> None:
         """Hold the gradients: a hook of the user's may let them go as soon as the step is done."""
-        self._gradients = self._look(look.closure)
+        self._held = [] if look.closure else self._gradients()
 
     def after(self, look: Look) -> None:
         """Orthogonalize once more what the step orthogonalized."""
-        held = self._look(False) if look.closure else self._gradients
+        held = self._gradients() if look.closure else self._held
         for item, gradient in zip(self._watched, held, strict=True):
             if gradient is None:
                 continue
@@ -35,9 +35,7 @@ class TorchMuonStages(Tap):
             )
             self._take(item, "momentum", momentum)
             self._take(item, "orthogonalized", orthogonalized)
-        self._gradients = []
+        self._held = []
 
-    def _look(self, later: bool) -> list[torch.Tensor | None]:
-        if later:
-            return []
+    def _gradients(self) -> list[torch.Tensor | None]:
         return [gradient_of(self._optimizer, item.parameter) for item in self._watched]

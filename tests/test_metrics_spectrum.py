@@ -403,3 +403,11 @@ def test_whatever_lies_in_the_band_counts_at_any_learning_rate(
 ) -> None:
     sigma = np.sort(values)[::-1] * rate
     assert newton_schulz_share(sigma) == 1
+
+
+def test_nothing_is_below_one_however_high_the_floor() -> None:
+    sigma, floor = np.array([3.0, 2.0, 1.0]), 7.0
+    condition = condition_number(sigma, floor)
+    assert (condition.value, condition.is_lower_bound, condition.resolved) == (1.0, True, 0)
+    for spread in (spread_median, spread_p95_p5, spread_p90):
+        assert spread(sigma, floor) == 1.0

@@ -162,12 +162,14 @@ def condition_number(sigma: ArrayLike, floor: ArrayLike) -> ConditionNumber:
     Returns
     -------
     ConditionNumber
-        Of arrays of shape (...). With a floor of 0, a singular matrix has the value Inf.
+        Of arrays of shape (...). With a floor of 0, a singular matrix has the value Inf; with a
+        floor above σ₁ any matrix has the value 1, a lower bound that says nothing.
     """
     sigma, relative = _relative(sigma)
     floor = np.broadcast_to(np.asarray(floor, dtype=np.float64), sigma.shape[:-1])
     # relative[..., 0] is 1, or NaN where there is nothing to divide.
     value = relative[..., 0] * sigma[..., 0] / np.maximum(sigma[..., -1], floor)
+    value = np.maximum(value, 1.0)  # all of it below the floor: nothing is known but this
     return ConditionNumber(
         value=np.asarray(value),
         is_lower_bound=np.asarray((sigma[..., -1] <= floor) & ~np.isnan(value)),
@@ -358,7 +360,8 @@ def _spread(sigma: ArrayLike, floor: ArrayLike, upper: float, lower: float) -> F
     """Divide two order statistics, given as shares of the way from the largest down."""
     sigma, relative = _relative(sigma)
     relative_floor = np.asarray(floor, dtype=np.float64) / sigma[..., 0]
-    return np.asarray(_down(relative, upper) / np.maximum(_down(relative, lower), relative_floor))
+    spread = _down(relative, upper) / np.maximum(_down(relative, lower), relative_floor)
+    return np.asarray(np.maximum(spread, 1.0))
 
 
 def _down(sigma: Floats, share: float) -> Floats:
