@@ -18,6 +18,10 @@ WARM_UP = 5
 NORMS_SHARE = 0.7
 """Of the budget, at most so much is for neuron norms; the rest is for whole matrices."""
 
+LEAST_SHARE = 0.25
+"""Of the budget, so much is always for recording: where what cannot be thinned (shadows) takes more
+than all of it, recording next to nothing would not help."""
+
 
 class Budget:
     """Measures what steps of each kind cost, and says how often they can be afforded.
@@ -80,8 +84,7 @@ class Budget:
         asked = self._asked
         nothing = self._cost.get("", 0.0)
         norms = max(0.0, self._cost.get("norms", 0.0) - nothing)
-        # Never nothing: what cannot be afforded at all becomes very rare.
-        spare = max(self.share * rest - nothing, 1e-3 * self.share * rest, 1e-9)
+        spare = max(self.share * rest - nothing, LEAST_SHARE * self.share * rest, 1e-9)
         norms_every = asked.norms_every
         if norms / norms_every > NORMS_SHARE * spare:
             norms_every *= math.ceil(norms / (NORMS_SHARE * spare * norms_every))

@@ -200,7 +200,8 @@ class Recorder:
             state = "recording" if self.active else "not recording"
             return f"{state} {self.path}, step {self.steps}{self._cost}"
         size = sum(closed["bytes"] for closed in self._closed) / 1e6
-        shadows = f" with {len(self._closed) - 1} shadows" if len(self._closed) > 1 else ""
+        count = len(self._closed) - 1
+        shadows = f" with {count} shadow{'s' * (count > 1)}" if count else ""
         lost = f", {self.dropped} samples dropped" if self.dropped else ""
         remarks = dict.fromkeys(c["remark"] for c in self._closed if c["remark"])
         remark = f" ({'; '.join(remarks)})" if remarks else ""
@@ -315,10 +316,9 @@ class Recorder:
         if then != now:
             self._schedule = then
             text = (
-                f"to keep recording within {budget.share:.1%} of the training's time: "
-                f"norms every {now.norms_every} -> {then.norms_every}, "
-                f"spectra every {now.every} -> {then.every}, "
-                f"matrices every {now.matrices_every} -> {then.matrices_every}"
+                f"from here on norms every {then.norms_every}, spectra every {then.every}, "
+                f"matrices every {then.matrices_every}, to keep recording within "
+                f"{budget.share:.1%} of the training's time"
             )
             self._tracks[0].event(self.steps, "schedule", text)
 

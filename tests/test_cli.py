@@ -198,3 +198,38 @@ def test_factors_read_as_a_person_says_them() -> None:
     assert factor(1 / 118) == "÷118"
     assert factor(1.5) == "×1.50"
     assert factor(float("nan")) == ""
+
+
+def test_summary_of_a_run_that_could_not_even_write_a_step(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    writer = Writer(tmp_path / "x.h5", {"optimizer": "AdamW"}, Matrices([Matrix("w", 4, 3)]))
+    writer.abandon("No space left on device")
+    code, out, _ = run(capsys, "summary", tmp_path / "x.h5")
+    assert code == 0
+    said = " ".join(out.split())
+    assert "AdamW, 0 steps, 0 sampled, stopped at step 0: No space left on device" in said
+
+
+def test_summary_says_what_a_reader_must_know(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    table = Matrices([Matrix("w", 4, 3, "bfloat16")])
+    metadata = {"optimizer": "Muon", "shadow_of": "SGD", "groups": [{"update": "difference"}]}
+    writer = Writer(tmp_path / "x.h5", metadata, table)
+    for step in range(1, 31):
+        norms = {"update": np.ones(4, np.float32)}
+        writer.step(step, 1e9, scalars={}, norms=norms)
+        weight_norm = np.array([100.0])
+        writer.spectra("update", step, np.ones(3), np.zeros(1), weight_norm=weight_norm)
+    writer.event(10, "schedule", "norms every 2")
+    writer.event(20, "schedule", "norms every 4")
+    writer.dropped(7)
+    writer.close()
+    out = run(capsys, "summary", tmp_path / "x.h5")[1]
+    assert "x.h5: Muon (shadow of SGD), 30 steps" in out
+    assert "7 samples dropped" in out
+    assert "at step 20: norms every 4" in out
+    assert "at step 10" not in out, "the last word counts"
+    # 0.4 u ‖W‖ / ‖U‖ = 0.4 · 2^-8 · 100 / 2
+    assert "differences of bfloat16 weights, of which rounding makes about 8% (median)" in out

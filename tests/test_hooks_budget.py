@@ -51,6 +51,14 @@ def test_what_fits_is_left_alone() -> None:
     assert spend(Budget(0.05, asked), asked, costs, 5 * WINDOW) == asked
 
 
+def test_what_cannot_be_thinned_does_not_starve_the_rest() -> None:
+    asked = Schedule(10, 1, 10)
+    costs = {"": 0.2, "norms": 0.202, "sample": 0.23}  # a shadow takes twice the training's time
+    thinned = spend(Budget(0.05, asked), asked, costs, 40 * WINDOW)
+    without = {kind: cost - 0.2 for kind, cost in costs.items()}
+    assert 0.25 * 0.05 / 3 < share(thinned, without) <= 0.25 * 0.05
+
+
 def test_it_comes_back_when_it_can_be_afforded_again() -> None:
     asked = Schedule(10, 1, 10)
     budget = Budget(0.05, asked)

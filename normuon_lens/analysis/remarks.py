@@ -9,7 +9,7 @@ from normuon_lens.runfile import Run
 WORTH_SAYING = 0.01
 """Rounding errors of an update below this share are not worth a sentence."""
 
-TOLD = ("schedule", "interrupted", "failure")
+TOLD = ("schedule", "interrupted")
 """Kinds of events that are told; dropped samples are counted instead."""
 
 
@@ -32,7 +32,9 @@ def remarks(run: Run, errors: Series | None = None) -> list[str]:
         said.append(f"{run.dropped} samples dropped: recording could not keep up")
     if run.overlaps:
         said.append(f"{run.overlaps} steps recorded more than once; the last record counts")
-    said += [f"at step {event.step}: {event.text}" for event in run.events if event.kind in TOLD]
+    # Of a schedule that was changed several times the last word counts.
+    told = {event.kind: f"at step {event.step}: {event.text}" for event in run.events}
+    said += [text for kind, text in told.items() if kind in TOLD]
     error, dtypes = update_error(run, errors)
     if error > WORTH_SAYING:
         said.append(

@@ -39,7 +39,11 @@ def _summarise(run: Run, skip: int) -> dict[str, Any]:
     from normuon_lens.analysis.remarks import remarks
     from normuon_lens.analysis.settled import finite_median, settled
 
-    measured = {name: settled(measure(run, name), skip=skip) for name in (*COLUMNS, BOUND)}
+    measured = {
+        name: settled(measure(run, name), skip=skip)
+        for name in (*COLUMNS, BOUND)
+        if "update" in run.stages  # not even one step may have been written
+    }
     matrices = [
         {
             "matrix": matrix.name,
@@ -47,7 +51,7 @@ def _summarise(run: Run, skip: int) -> dict[str, Any]:
             **{metric: finite_median(measured[metric][:, i]) for metric in COLUMNS},
             BOUND: finite_median(measured[BOUND][:, i]) > 0.5,
         }
-        for i, matrix in enumerate(run.table)
+        for i, matrix in enumerate(run.table if measured else [])
     ]
     return {
         "path": str(run.path),
@@ -84,6 +88,8 @@ def _print(content: dict[str, Any], skip: int) -> None:
         to.print(f"  {name}: {settings}")
     for remark in content["remarks"]:
         to.print(f"  {remark}")
+    if not content["matrices"]:
+        return
     labels = [describe(metric).label for metric in COLUMNS]
     title = f"Updates (medians; first {skip} steps left out)"
     table = new_table(title, ["matrix", "shape", *labels])
