@@ -7,15 +7,38 @@ orthogonalized, bit by bit.
 
 from __future__ import annotations
 
-import torch
-from torch.optim._muon import _zeropower_via_newtonschulz
+from collections.abc import Sequence
 
-from .selection import matrix_view
-from .tap import Look, Tap, gradient_of
+import torch
+
+from normuon_lens.errors import AttachError
+
+from .selection import Watched, matrix_view
+from .tap import Look, Take, Tap, gradient_of
 
 
 class TorchMuonStages(Tap):
-    """Momentum and orthogonalized of ``torch.optim.Muon``, computed again after its step."""
+    """Momentum and orthogonalized of ``torch.optim.Muon``, computed again after its step.
+
+    Raises
+    ------
+    AttachError
+        If this torch keeps its Newton-Schulz iteration elsewhere.
+    """
+
+    def __init__(
+        self, optimizer: torch.optim.Optimizer, watched: Sequence[Watched], take: Take
+    ) -> None:
+        super().__init__(optimizer, watched, take)
+        try:
+            # No part of torch's face: where it moves, only these stages are lost.
+            from torch.optim._muon import _zeropower_via_newtonschulz
+        except ImportError:
+            raise AttachError(
+                f"torch {torch.__version__} does not show what torch.optim.Muon orthogonalizes; "
+                "leave out stages=True, or use normuon_lens.optim.Muon"
+            ) from None
+        self._orthogonalize = _zeropower_via_newtonschulz
 
     def before(self, look: Look) -> None:
         """Hold the gradients: a hook of the user's may let them go as soon as the step is done."""
@@ -30,7 +53,7 @@ class TorchMuonStages(Tap):
             group = self._optimizer.param_groups[item.group]
             buffer = matrix_view(self._optimizer.state[item.parameter]["momentum_buffer"])
             momentum = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
-            orthogonalized: torch.Tensor = _zeropower_via_newtonschulz(
+            orthogonalized: torch.Tensor = self._orthogonalize(
                 momentum, group["ns_coefficients"], group["ns_steps"], group["eps"]
             )
             self._take(item, "momentum", momentum)

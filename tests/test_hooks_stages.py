@@ -2,6 +2,8 @@
 
 from __future__ import annotations
 
+import gc
+import sys
 import time
 from collections.abc import Callable
 from pathlib import Path
@@ -12,6 +14,7 @@ import torch
 from torch import Tensor, nn
 
 from normuon_lens.analysis import measure
+from normuon_lens.errors import AttachError
 from normuon_lens.hooks import attach
 from normuon_lens.hooks.track import Track
 from normuon_lens.optim import Muon, NorMuon
@@ -153,3 +156,19 @@ def test_without_stages_nobody_looks(tmp_path: Path) -> None:
     with attach(nn.ParameterDict({"w": weight}), optimizer, tmp_path / "x.h5"):
         train(optimizer, weight, 3)
     assert open_run(tmp_path / "x.h5").stages == ["update"]
+
+
+def test_stages_of_torchs_muon_that_cannot_be_had_are_refused_in_one_line(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch
+) -> None:
+    weight = new_weight()
+    optimizer = torch.optim.Muon([weight], LR)
+    monkeypatch.setitem(sys.modules, "torch.optim._muon", None)
+    with pytest.raises(AttachError, match=r"does not show .*leave out stages=True"):
+        attach(nn.ParameterDict({"w": weight}), optimizer, tmp_path / "x.h5", stages=True)
+    assert not optimizer._optimizer_step_pre_hooks
+    gc.collect()
+    deadline = time.monotonic() + 10
+    while list(tmp_path.iterdir()) and time.monotonic() < deadline:
+        time.sleep(0.01)
+    assert list(tmp_path.iterdir()) == []
