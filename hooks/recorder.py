@@ -93,7 +93,7 @@ class Recorder:
         self._optimizers = list(optimizers)
         self._watched = [[w for w in watched if w.optimizer == i] for i in range(len(optimizers))]
         self._schedule, self._budget = schedule, budget
-        self._on_error, self._wait, self._quiet = on_error, wait, quiet
+        self._on_error, self._quiet = on_error, quiet
         self._process = os.getpid()
         self._feed: Feed | None = None
         self._tracks: list[Track] = []
@@ -262,6 +262,11 @@ class Recorder:
             if self._looks[i].recorded and any(tap.moved() for tap in self._taps[i]):
                 self._look(i)
 
+    def _hand_over_rest(self) -> None:
+        self._settle()
+        if self._stepped:
+            self._end_step()
+
     def _look(self, i: int) -> None:
         look = self._looks.pop(i)
         self._stepped.add(i)
@@ -337,9 +342,7 @@ class Recorder:
 
     def _flush(self) -> None:
         assert self._feed is not None
-        self._settle()
-        if self._stepped:
-            self._end_step()
+        self._hand_over_rest()
         self._feed.ask("flush", {"ticket": self.steps}, "flushed", CLOSE_SECONDS)
 
     # -- life --------------------------------------------------------------------------------
@@ -404,9 +407,7 @@ class Recorder:
 
     def _finish(self, status: str) -> None:
         assert self._feed is not None
-        self._settle()
-        if self._stepped:
-            self._end_step()
+        self._hand_over_rest()
         self._closed = self._feed.ask(
             "close", _farewell(self._tracks, status), "closed", CLOSE_SECONDS
         )
