@@ -14,7 +14,7 @@ ADVICE = 'this needs torch: pip install "normuon-lens[torch]"'
 
 
 @pytest.mark.parametrize(
-    "statement", ["from normuon_lens.hooks import attach", "import normuon_lens.optim"]
+    "statement", ["from normuon_lens.hooks import attach", "from normuon_lens.optim import NorMuon"]
 )
 def test_import_without_torch_says_what_to_install(statement: str) -> None:
     code = f"import sys; sys.modules['torch'] = None; {statement}"
