@@ -13,7 +13,7 @@ help:
 	@echo "make demo     set up, train three optimizers side by side, watch them in the browser"
 	@echo "make test     set up, then lint, check types and run all tests (installs Chromium)"
 	@echo "make samples  record sample_runs/*.h5 anew"
-	@echo "make benchmarks   measure what recording costs, side by side (fifteen minutes)"
+	@echo "make benchmarks   measure what recording and an optimizer step cost, side by side (45 minutes)"
 	@echo "make clean    remove what these commands made"
 
 demo: $(VENV)/ready
@@ -44,7 +44,8 @@ samples: $(VENV)/ready
 
 benchmarks: $(VENV)/ready
 	@$(PIP) install -q -c constraints.txt -e '.[benchmarks]'
-	$(BIN)/python benchmarks/recording_overhead.py $(ARGS)
+	$(BIN)/python benchmarks/recording_overhead.py
+	$(BIN)/python benchmarks/optimizer_step.py
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info
