@@ -280,7 +280,8 @@ def _decays(optimizer: torch.optim.Optimizer, watched: Sequence[Watched]) -> lis
 
 
 def _norm(matrix: torch.Tensor) -> torch.Tensor:
-    return frobenius_norm(matrix.to(torch.promote_types(matrix.dtype, torch.float32)))
+    wide = matrix.to(torch.promote_types(matrix.dtype, torch.float32))
+    return frobenius_norm(wide).squeeze()
 
 
 def _norms(matrices: list[torch.Tensor], look: Look) -> list[float]:

@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import contextlib
 import gc
 import sys
 import time
@@ -11,6 +12,7 @@ from pathlib import Path
 import numpy as np
 import pytest
 import torch
+from ranks import on_ranks
 from torch import Tensor, nn
 
 from normuon_lens.analysis import measure
@@ -172,3 +174,45 @@ def test_stages_of_torchs_muon_that_cannot_be_had_are_refused_in_one_line(
     while list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert list(tmp_path.iterdir()) == []
+
+
+def train_shared(path: str, recorded: bool) -> list[Tensor]:
+    """Train under DistributedDataParallel, each matrix orthogonalized by one rank."""
+    import torch.distributed as dist
+    from torch.nn.parallel import DistributedDataParallel
+
+    torch.manual_seed(1)
+    layers = nn.Linear(8, 16, bias=False), nn.Linear(16, 12, bias=False), nn.Linear(12, 6)
+    model = DistributedDataParallel(nn.Sequential(*layers))
+    named = [(name, p) for name, p in model.named_parameters() if p.ndim == 2]
+    optimizer = NorMuon(named, LR, process_group=dist.group.WORLD)
+    with contextlib.ExitStack() as stack:
+        if recorded:
+            stack.enter_context(attach(model, optimizer, path, every=1, stages=True))
+        for _ in range(4):
+            optimizer.zero_grad()
+            model(torch.randn(5, 8)).square().mean().backward()
+            optimizer.step()
+    return [p.detach().clone() for _, p in named]
+
+
+def test_where_ranks_share_the_work_rank_0_records_every_update(tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    recorded = on_ranks(2, train_shared, str(path), True)
+    plain = on_ranks(2, train_shared, str(path), False)
+    for weights in recorded[1], *plain:
+        for one, other in zip(recorded[0], weights, strict=True):
+            assert torch.equal(one, other)
+    run = open_run(path)
+    owned = []
+    for i, matrix in enumerate(run.table):
+        for step in (1, 2, 3, 4):
+            norms = np.linalg.norm(run.update(matrix.name, step), axis=1)
+            assert np.sqrt(np.mean(norms**2) / matrix.n) == pytest.approx(0.2 * LR, rel=1e-4)
+        # The way there is known where it was gone; elsewhere it is missing, and never zero.
+        spectra = [run.spectrum(matrix.name, 2, stage=stage) for stage in STAGES[1:4]]
+        known = [bool(np.all(np.isfinite(spectrum))) for spectrum in spectra]
+        assert known in ([True] * 3, [False] * 3)
+        assert known[0] or all(np.isnan(spectrum).all() for spectrum in spectra)
+        owned += [i] * known[0]
+    assert owned == [1, 2]  # dealt the largest first, matrix 0 to rank 1

@@ -1,77 +1,52 @@
 """Muon: the momentum of each matrix, orthogonalized."""
 
+from __future__ import annotations
+
+from typing import TYPE_CHECKING
+
 import torch
 from torch import Tensor
 from torch.optim.optimizer import ParamsT
 
-from normuon_lens.optim._shell import Group, MatrixOptimizer, MatrixUpdate, State, refuse_unless
+from normuon_lens.optim._shell import (
+    Group,
+    MatrixOptimizer,
+    MatrixUpdate,
+    State,
+    refuse_unless,
+)
 from normuon_lens.optim.orthogonalize import orthogonalize
 from normuon_lens.optim.scaling import step_size
 
-
-def orthogonalized_momentum(
-    gradient: Tensor,
-    momentum: Tensor,
-    *,
-    beta: float,
-    nesterov: bool,
-    ns_steps: int,
-    ns_dtype: torch.dtype | None,
-) -> dict[str, Tensor]:
-    """Take steps 1 and 2, which Muon and NorMuon share.
-
-    Parameters
-    ----------
-    gradient : Tensor of shape (m, n)
-        G, left as it is.
-    momentum : Tensor of shape (m, n)
-        M, an exponential mean of the gradients; **advanced in place**.
-    beta, nesterov, ns_steps, ns_dtype
-        As in `Muon`.
-
-    Returns
-    -------
-    dict of Tensor of shape (m, n)
-        ``"momentum"``: what was orthogonalized (with Nesterov, the look-ahead mean);
-        ``"orthogonalized"``: O.
-    """
-    momentum.lerp_(gradient, 1 - beta)  # M ← β M + (1−β) G
-    mean = gradient.lerp(momentum, beta) if nesterov else momentum  # β M + (1−β) G, once more
-    O = orthogonalize(mean, ns_steps, dtype=ns_dtype)  # O ← NS5(M)
-    return {"momentum": mean, "orthogonalized": O}
+if TYPE_CHECKING:
+    from torch.distributed import ProcessGroup
 
 
 def muon_update(
-    gradient: Tensor,
-    momentum: Tensor,
+    mean: Tensor,
     *,
     lr: float,
-    beta: float,
-    nesterov: bool,
-    ns_steps: int,
-    ns_dtype: torch.dtype | None,
     scale: str,
+    ns_steps: int | str,
+    ns_dtype: torch.dtype | None,
+    ns_coefficients: str,
 ) -> MatrixUpdate:
-    """Muon's update of one matrix, without weight decay.
+    """Muon's update of a whole matrix, without weight decay.
 
     Parameters
     ----------
-    gradient : Tensor of shape (m, n)
-        G, left as it is.
-    momentum : Tensor of shape (m, n)
-        M, **advanced in place**.
-    lr, beta, nesterov, ns_steps, ns_dtype, scale
-        As in `Muon`, where `beta` is called momentum.
+    mean : Tensor of shape (m, n), or (batch, m, n)
+        Momentum M, or Nesterov's look-ahead of it; left as it is.
+    lr, scale, ns_steps, ns_dtype, ns_coefficients
+        As in `Muon`.
 
     Returns
     -------
     MatrixUpdate
         η̂ O, to be subtracted from the weight, and the stages it went through.
     """
-    stages = orthogonalized_momentum(
-        gradient, momentum, beta=beta, nesterov=nesterov, ns_steps=ns_steps, ns_dtype=ns_dtype
-    )
-    O = stages["orthogonalized"]
+    O = orthogonalize(mean, ns_steps, dtype=ns_dtype, coefficients=ns_coefficients)
+    stages = {"momentum": mean, "orthogonalized": O}
     return MatrixUpdate(step_size(O, O, lr, scale) * O, stages)
 
 
@@ -95,8 +70,9 @@ class Muon(MatrixOptimizer):
         Decoupled weight decay λ.
     nesterov : bool
         Orthogonalize μM + (1−μ)G instead of M, as the original code does.
-    ns_steps : int
-        Newton-Schulz iterations.
+    ns_steps : int or "exact"
+        Newton-Schulz iterations, or the exact polar factor by a singular value decomposition, for
+        studies: see `normuon_lens.optim.orthogonalize` for the band that each choice produces.
     scale : {"match_rms", "preserve_norm"}
         ``"match_rms"``: every update has root mean square 0.2 η, as AdamW's typically has.
         ``"preserve_norm"``: η √max(1, m/n) · O, the original form, which is what
@@ -106,24 +82,41 @@ class Muon(MatrixOptimizer):
         Precision of Newton-Schulz: bfloat16, float32 or float64. None: what the machine does
         fastest, see `normuon_lens.optim.orthogonalize`; fix it for results that agree between
         machines.
+    ns_coefficients : {"quintic", "polar_express"}
+        Which polynomials Newton-Schulz takes; the paper's are ``"quintic"``.
+    wire_dtype : torch.dtype or None
+        Precision in which momentum and update travel between the ranks of a sharded training.
+        None: that of the momentum, so that the result is the one of a single process.
+        bfloat16 halves the traffic and rounds both, to 2⁻⁹ of each entry, on any number of ranks.
+    process_group : ProcessGroup or None
+        For plain parameters that are equal on all ranks of this group, as
+        `torch.nn.parallel.DistributedDataParallel` keeps them: each rank orthogonalizes its share
+        and sends the others the result. None: every rank does all the work. DTensor parameters
+        know their mesh and need none.
+    owners : {"round_robin", "snake"}
+        In which order the matrices, largest first, are dealt to the ranks that orthogonalize
+        them: see `normuon_lens.optim.owners`.
 
     Attributes
     ----------
     stage_observer : callable(Parameter, str, Tensor) or None
         Called during `step` with the (m, n) view of each matrix at the stages ``"momentum"``,
-        ``"orthogonalized"`` and ``"update"``: what is about to be subtracted, without weight
-        decay. Look, copy, never write. Neither saved nor copied.
+        ``"orthogonalized"`` and ``"update"``: what is about to be subtracted,
+        without weight decay. Look, copy, never write. Neither saved nor copied. Sharded, it is
+        called where the matrix is whole: on the rank that orthogonalizes it, and for ``"update"``
+        on every rank that holds all its rows.
 
     Raises
     ------
     LensError
-        For a parameter that is not a real, dense matrix, or a hyper-parameter out of range.
+        For a parameter that is not a real, dense matrix, or sharded in a way that
+        `normuon_lens.optim.sharded` does not support; for a hyper-parameter out of range.
 
     Notes
     -----
-    State: m·n elements per matrix, ``"momentum_buffer"``, in float32 (float64 for float64
-    weights), made at construction. Weights narrower than float32 are updated in float32 and
-    rounded once.
+    State: m·n elements per matrix, ``"momentum_buffer"``, sharded as the weight is; in float32
+    (float64 for float64 weights), made at construction. Weights narrower than float32 are updated
+    in float32 and rounded once.
 
     With ``scale="preserve_norm"``, ``nesterov=True`` and ``ns_dtype=torch.bfloat16`` this is
     `torch.optim.Muon` up to rounding.
@@ -144,10 +137,14 @@ class Muon(MatrixOptimizer):
         momentum: float = 0.95,
         weight_decay: float = 0.1,
         nesterov: bool = False,
-        ns_steps: int = 5,
+        ns_steps: int | str = 5,
         scale: str = "match_rms",
         *,
         ns_dtype: torch.dtype | None = None,
+        ns_coefficients: str = "quintic",
+        wire_dtype: torch.dtype | None = None,
+        process_group: ProcessGroup | None = None,
+        owners: str = "round_robin",
     ) -> None:
         defaults = {
             "lr": lr,
@@ -157,21 +154,25 @@ class Muon(MatrixOptimizer):
             "ns_steps": ns_steps,
             "scale": scale,
             "ns_dtype": ns_dtype,
+            "ns_coefficients": ns_coefficients,
+            "wire_dtype": wire_dtype,
         }
-        super().__init__(params, defaults)
+        super().__init__(params, defaults, process_group, owners)
 
     def _check_group(self, group: Group) -> None:
         super()._check_group(group)
         refuse_unless(0 <= group["momentum"] < 1, "momentum", group["momentum"], "in [0, 1)")
 
-    def _update(self, gradient: Tensor, state: State, group: Group) -> MatrixUpdate:
+    def _beta(self, group: Group) -> float:
+        beta: float = group["momentum"]
+        return beta
+
+    def _update(self, mean: Tensor, state: State, group: Group) -> MatrixUpdate:
         return muon_update(
-            gradient,
-            state["momentum_buffer"].view_as(gradient),
+            mean,
             lr=float(group["lr"]),
-            beta=group["momentum"],
-            nesterov=group["nesterov"],
+            scale=group["scale"],
             ns_steps=group["ns_steps"],
             ns_dtype=group["ns_dtype"],
-            scale=group["scale"],
+            ns_coefficients=group["ns_coefficients"],
         )

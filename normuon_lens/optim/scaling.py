@@ -18,9 +18,9 @@ def step_size(direction: Tensor, orthogonalized: Tensor, lr: float, scale: str) 
 
     Parameters
     ----------
-    direction : Tensor of shape (m, n)
+    direction : Tensor of shape (m, n), or (batch, m, n)
         Where to go: Ô for NorMuon, O itself for Muon.
-    orthogonalized : Tensor of shape (m, n)
+    orthogonalized : Tensor of the same shape
         O, whose norm the authors' form restores.
     lr : float
         Learning rate η.
@@ -32,10 +32,10 @@ def step_size(direction: Tensor, orthogonalized: Tensor, lr: float, scale: str) 
 
     Returns
     -------
-    Tensor of shape ()
+    Tensor of shape (1, 1), or (batch, 1, 1)
         Zero where the direction is the zero matrix.
     """
-    m, n = direction.shape
+    m, n = direction.shape[-2:]
     norm = frobenius_norm(direction)
     target: float | Tensor
     if scale == "match_rms":
