@@ -342,8 +342,7 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
 
     def _step_shared(self, ranks: Ranks) -> None:
         """Update all matrices, each computed by its owner. [paper, Algorithm 2]."""
-        facts = [*self._settings(), *self._gradients()]
-        ranks.agree(type(self).__name__, facts, self._faults())
+        ranks.agree(type(self).__name__, list(self._facts()), self._faults())
         jobs = [
             self._job(parameter, group, ranks)
             for _, parameter, group in self._all()
@@ -351,21 +350,23 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         ]
         Rounds(ranks.group, ranks.device, self._owners).carry_out(jobs)
 
-    def _settings(self) -> Iterator[tuple[str, str]]:
-        yield "the optimizer", f"has {len(self.param_groups)} groups, owners={self._owners!r}"
+    def _facts(self) -> Iterator[tuple[str, str]]:
+        """All that ranks must have in common when they take a step."""
+        yield "setting", f"the optimizer is {type(self).__name__}"
+        yield "setting", f"the optimizer has owners={self._owners!r}"
+        yield "setting", f"the optimizer has {len(self.param_groups)} parameter group(s)"
         for number, group in enumerate(self.param_groups):
             # torch gives the defaults of a copied optimizer names of its own, but not its groups.
             for name in self.defaults:
                 if name in group:
                     # A tensor would be printed with its device, which differs between ranks.
                     value = float(group[name]) if name == "lr" else group[name]
-                    yield f"group {number}", f"has {name}={value!r}"
-
-    def _gradients(self) -> Iterator[tuple[str, str]]:
+                    yield "setting", f"group {number} has {name}={value!r}"
         for label, parameter, _ in self._all():
+            shape = f"has shape {tuple(parameter.shape)} and is {parameter.dtype}"
+            yield "parameter", f"{label} {shape}"
             has = "no gradient" if parameter.grad is None else "a gradient"
-            what = f"of shape {tuple(parameter.shape)}, {parameter.dtype},"
-            yield label, f"{what} has {has}"
+            yield "gradient", f"{label} has {has}"
 
     def _job(self, parameter: torch.nn.Parameter, group: Group, ranks: Ranks) -> Job:
         m, n = _matrix_shape(parameter)
@@ -486,10 +487,9 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
             for key in own:
                 if _whereabouts(saved_state[key]) != _whereabouts(own[key]):
                     raise LensError(
-                        f"{name}: the saved {key} of {label} is "
-                        f"{_whereabouts(saved_state[key]) or 'no DTensor'}, but this optimizer's "
-                        f"is {_whereabouts(own[key]) or 'no DTensor'}. Load it through "
-                        "torch.distributed.checkpoint.state_dict, which shards anew."
+                        f"{name}: the saved {key} of {label} is {_place(saved_state[key])}, but "
+                        f"that of this optimizer is {_place(own[key])}. Load it by "
+                        "torch.distributed.checkpoint.state_dict, which shards it anew."
                     )
 
 
@@ -508,6 +508,11 @@ def _whereabouts(tensor: Tensor) -> tuple[object, object] | None:
     """Return mesh and placements of a DTensor, None for a plain tensor."""
     sharded = as_dtensor(tensor)
     return None if sharded is None else (sharded.device_mesh, sharded.placements)
+
+
+def _place(tensor: Tensor) -> str:
+    sharded = as_dtensor(tensor)
+    return "no DTensor" if sharded is None else f"{sharded.placements} on {sharded.device_mesh}"
 
 
 def _rows(tensor: Tensor) -> Tensor:
@@ -538,20 +543,13 @@ def _fault(parameter: torch.nn.Parameter) -> str | None:
         return None
     if gradient.layout != torch.strided:
         return "has a sparse gradient. Give it to SparseAdam, or make its gradient dense."
-    sharded, of_gradient = as_dtensor(parameter), as_dtensor(gradient)
-    if sharded is not None and (
-        of_gradient is None
-        or of_gradient.device_mesh != sharded.device_mesh
-        or of_gradient.placements != sharded.placements
-    ):
-        placed = "not a DTensor" if of_gradient is None else f"placed as {of_gradient.placements}"
+    if _whereabouts(gradient) != _whereabouts(parameter):
         return (
-            f"is placed as {sharded.placements}, but its gradient is {placed}. Reduce the gradient "
+            f"is {_place(parameter)}, but its gradient is {_place(gradient)}. Reduce the gradient "
             "to the parameter's placement before the step, as fully_shard does."
         )
+    sharded, of_gradient = as_dtensor(parameter), as_dtensor(gradient)
     if sharded is not None and of_gradient is not None:
-        missing = missing_rows(of_gradient)
-        return missing_rows(sharded) or (
-            None if missing is None else f"has a gradient that {missing}"
-        )
+        here, of_it = missing_rows(sharded), missing_rows(of_gradient)
+        return here or (of_it and f"has a gradient that {of_it}")
     return None

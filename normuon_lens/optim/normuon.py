@@ -129,7 +129,7 @@ class NorMuon(MatrixOptimizer):
     wire_dtype : torch.dtype or None
         Precision in which momentum and update travel between the ranks of a sharded training.
         None: that of the momentum, so that the result is the one of a single process.
-        bfloat16 halves the traffic and rounds both, to 2⁻⁹ of each entry, on any number of ranks.
+        bfloat16 halves the traffic and rounds both, to 2⁻⁸ of each entry, on any number of ranks.
     process_group : ProcessGroup or None
         For plain parameters that are equal on all ranks of this group, as
         `torch.nn.parallel.DistributedDataParallel` keeps them: each rank orthogonalizes its share

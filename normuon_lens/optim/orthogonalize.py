@@ -14,9 +14,10 @@ COEFFICIENTS: dict[str, Sequence[Quintic]] = {
     # Keller Jordan's Muon, adopted by [NorMuon, arXiv 2510.05491]: tuned for the steepest slope at
     # zero in five steps, not for convergence to one.
     "quintic": ((3.4445, -4.7750, 2.0315),),
-    # [Polar Express, arXiv 2505.16932, Algorithm 1]: each the best approximation of one on the
-    # interval that the one before leaves of [0.001, 1]; all but the last for X / 1.01, lest
-    # rounding lift a value out of that interval.
+    # [Polar Express, arXiv 2505.16932]: each the best approximation of one on the interval [l, u]
+    # that the one before leaves of [0.001, 1]; the first three on [0.0241 u, u] instead, which is
+    # narrower, and rescaled for [l, u]. All but the last for X / 1.01, lest rounding lift a value
+    # out of the interval.
     "polar_express": (
         *(
             (a / 1.01, b / 1.01**3, c / 1.01**5)
@@ -67,19 +68,25 @@ def orthogonalize(
     and stay small, zero stays zero: the condition number of the result is that of its few unlifted
     values.
 
-    ========================  =======================  ================  =========
-    coefficients, steps       lifted from              into the band     slope
-    ========================  =======================  ================  =========
-    ``"quintic"``, 5          0.0015                   [0.68, 1.21]      485
-    ``"quintic"``, 7          0.00013                  [0.68, 1.21]      5,750
-    ``"quintic"``, 10         0.0000031                [0.68, 1.21]      235,000
-    ``"polar_express"``, 5    0.001                    [0.89, 1.11]      972
-    ``"polar_express"``, 7    0.001                    [0.9999, 1.0001]  3,380
-    ``"exact"``               rounding (see `polar_factor`)  1           -
-    ========================  =======================  ================  =========
+    =======================  ===========  ================  =======
+    coefficients, steps      lifted from  into the band     slope
+    =======================  ===========  ================  =======
+    ``"quintic"``, 5         0.0015       [0.68, 1.21]      485
+    ``"quintic"``, 6         0.00044      [0.68, 1.21]      1,670
+    ``"quintic"``, 7         0.00013      [0.68, 1.21]      5,750
+    ``"quintic"``, 10        0.0000031    [0.68, 1.21]      235,000
+    ``"polar_express"``, 5   0.0010       [0.87, 1.13]      976
+    ``"polar_express"``, 6   0.00096      [0.99, 1.01]      1,830
+    ``"polar_express"``, 7   0.00087      [0.9999, 1.0000]  3,390
+    ``"polar_express"``, 10  0.00014      [0.9999, 1.0000]  22,400
+    ``"exact"``              rounding     1
+    =======================  ===========  ================  =======
 
-    More steps of ``"quintic"`` lift smaller values and never settle on one. Most values of a real
-    momentum lie below 1.15 after five.
+    *Lifted from* is a share of the Frobenius norm, which is up to √min(m, n) times the largest
+    singular value; *slope* is what the smallest values are multiplied by. More steps of
+    ``"quintic"`` lift smaller values and never settle on one; most values lie below 1.15 after
+    five. ``"polar_express"`` is made for values down to 0.001: it brings those nearer to one, and
+    further steps hardly lift smaller ones.
 
     Parameters
     ----------
@@ -91,8 +98,10 @@ def orthogonalize(
         `coefficients` have no say then.
     dtype : torch.dtype or None
         Precision of the products. None takes `fast_dtype`: what this machine multiplies fastest,
-        except that a float64 matrix stays float64. Results of different dtypes differ by the
-        rounding of the dtype (about one percent in bfloat16, 1e-5 in float32).
+        except that a float64 matrix stays float64. Results of different dtypes differ by rounding,
+        multiplied by `slope` where it meets small singular values. Typical of five quintic steps,
+        relative to the whole: 1e-6 to 1e-5 in float32, one percent in bfloat16, ten or twenty where
+        many values are small; more than all of it in bfloat16 if the matrix has rank one.
     coefficients : {"quintic", "polar_express"}
         Which polynomials, see `COEFFICIENTS`.
 
@@ -104,9 +113,10 @@ def orthogonalize(
     Notes
     -----
     In float32 on a CPU half of every symmetric product is left out, and an elongated matrix is
-    iterated on through its small Gram matrix: half the time at equal accuracy, see
-    ``benchmarks/optimizer_step.py``. Everywhere else an iteration is three plain products on the
-    smaller side; in float64 that makes the oracle of the fast paths.
+    iterated on through its small Gram matrix. That takes less time, see
+    ``benchmarks/optimizer_step.py``, and stays within a few times the error of plain float32.
+    Everywhere else an iteration is three plain products on the smaller side; in float64 that makes
+    the oracle of the fast paths.
 
     References
     ----------
@@ -186,19 +196,21 @@ def _gram(X: Tensor) -> Tensor:
 
 
 def _half(X: Tensor, Y: Tensor, b: float = 0.0, c: float = 1.0) -> Tensor:
-    """Return bX + cXY, which is known to be symmetric: blocks on and below the diagonal."""
+    """Return bX + cXY, or XY, which is known to be symmetric: blocks on and below the diagonal."""
     s = len(X)
     blocks = s // BLOCK
     if blocks < 2:
-        return torch.addmm(X, X, Y, beta=b, alpha=c) if b else X @ Y
+        return _plus_product(X, X, Y, b, c)
     product = X.new_empty(s, s)
     for i, j in itertools.pairwise(s * k // blocks for k in range(blocks + 1)):
-        if b:
-            torch.addmm(X[i:j, :j], X[i:j], Y[:, :j], beta=b, alpha=c, out=product[i:j, :j])
-        else:
-            torch.mm(X[i:j], Y[:, :j], out=product[i:j, :j])
+        # Not by out=, which torch.compile does not follow.
+        product[i:j, :j] = _plus_product(X[i:j, :j], X[i:j], Y[:, :j], b, c)
         product[:i, i:j] = product[i:j, :i].mT
     return product
+
+
+def _plus_product(Z: Tensor, X: Tensor, Y: Tensor, b: float, c: float) -> Tensor:
+    return torch.addmm(Z, X, Y, beta=b, alpha=c) if b else X @ Y
 
 
 def polar_factor(matrix: Tensor) -> Tensor:
@@ -212,13 +224,15 @@ def polar_factor(matrix: Tensor) -> Tensor:
     -------
     Tensor of the shape of `matrix`
         A new tensor in the dtype of `matrix`, computed in float64. Singular values are one, and
-        zero where the input's were below max(m, n) times the resolution of *its* dtype times the
-        largest: their singular vectors are noise.
+        zero where the input's were no larger than rounding to *its* dtype can make them: their
+        singular vectors are noise. That is half its resolution times the Frobenius norm, 6e-8 in
+        float32, 0.004 in bfloat16.
     """
     U, S, Vh = torch.linalg.svd(matrix.detach().double(), full_matrices=False)
-    resolution = max(matrix.shape[-2:]) * torch.finfo(matrix.dtype).eps
+    rounding = torch.finfo(matrix.dtype).eps / 2 * torch.linalg.vector_norm(S, dim=-1, keepdim=True)
+    decomposing = max(matrix.shape[-2:]) * torch.finfo(S.dtype).eps * S[..., :1]
     # The guard of the iteration, for the same reason: what is that small counts as zero.
-    floor = (resolution * S[..., :1]).clamp_min(NORM_GUARD)
+    floor = torch.maximum(rounding, decomposing).clamp_min(NORM_GUARD)
     factor: Tensor = (U * (floor < S).unsqueeze(-2)) @ Vh
     return factor.to(matrix.dtype)
 

@@ -18,6 +18,7 @@ import sys
 from collections import deque
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
+from functools import lru_cache
 from itertools import islice
 from typing import TYPE_CHECKING, Any, NamedTuple, TypeAlias
 
@@ -29,9 +30,18 @@ from normuon_lens.optim.owners import assign_owners, row_range
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
+    from torch.distributed.device_mesh import DeviceMesh
     from torch.distributed.tensor import DTensor
 
 Facts: TypeAlias = list[tuple[str, str]]
+
+ADVICE = {
+    "setting": "Give every rank the same settings.",
+    "parameter": "Give every rank the same parameters in the same order.",
+    "gradient": "Give a parameter a gradient on all ranks or on none: what only some ranks use "
+    "needs a zero gradient on the others.",
+}
+"""What to do about ranks that say different things, by what they say it of."""
 
 ROUNDS_IN_FLIGHT = 2
 """Rounds whose rows are on their way to the owners while another is being computed."""
@@ -113,8 +123,7 @@ def missing_rows(sharded: DTensor) -> str | None:
 
 def _split(sharded: DTensor) -> dict[int, Any]:
     """Return by mesh dimension, if it has more than one rank, any placement but Replicate."""
-    sizes = sharded.device_mesh.mesh.shape
-    placed = zip(sizes, sharded.placements, strict=True)
+    placed = zip(sharded.device_mesh.shape, sharded.placements, strict=True)
     return {d: p for d, (size, p) in enumerate(placed) if size > 1 and not p.is_replicate()}
 
 
@@ -144,22 +153,29 @@ class Holding:
     @classmethod
     def of(cls, sharded: DTensor, ranks: Sequence[int]) -> Holding:
         """Read off the placement of a DTensor over the (global) ranks of its mesh, in order."""
-        mesh, m = sharded.device_mesh.mesh, sharded.shape[0]
+        mesh, m = sharded.device_mesh, sharded.shape[0]
         split = next(iter(_split(sharded)), None)
         spans: list[tuple[int, int]] = []
         replicas: list[tuple[int, ...]] = []
-        for rank in ranks:
-            place: list[int] = (mesh == rank).nonzero()[0].tolist()
+        for coordinates in _coordinates(mesh, tuple(ranks)):
+            place = list(coordinates)
             if split is None:
                 spans.append((0, m))
             else:
-                spans.append(row_range(m, mesh.shape[split], place.pop(split)))
+                spans.append(row_range(m, mesh.size(split), place.pop(split)))
             replicas.append(tuple(place))
         return cls(m, tuple(spans), tuple(replicas))
 
     def senders(self, owner: int) -> list[int]:
         """Return the ranks of the group that send their rows to an owner, itself among them."""
         return [r for r, replica in enumerate(self.replicas) if replica == self.replicas[owner]]
+
+
+@lru_cache(maxsize=8)  # DeviceMesh.mesh is computed anew, for a millisecond, whenever it is read
+def _coordinates(mesh: DeviceMesh, ranks: tuple[int, ...]) -> list[tuple[int, ...]]:
+    """Return where in a mesh each of some (global) ranks is."""
+    layout = mesh.mesh
+    return [tuple((layout == rank).nonzero()[0].tolist()) for rank in ranks]
 
 
 class Column(NamedTuple):
@@ -403,7 +419,7 @@ class Ranks:
         who : str
             Begins the message.
         facts : list of (str, str)
-            Of what, and what this rank says of it.
+            Of what, a key of `ADVICE`, and what this rank says of it.
         faults : list of (str, str)
             Of what, and why this rank cannot go on with it.
 
@@ -442,16 +458,13 @@ def _trouble(said: dict[int, tuple[Facts, Facts]]) -> str:
     for number in range(max(len(facts) for facts, _ in said.values())):
         versions: dict[str, list[int]] = {}
         for rank, (facts, _) in said.items():
-            fact = facts[number] if number < len(facts) else ("there are", "no more parameters")
-            versions.setdefault(" ".join(fact), []).append(rank)
+            nothing = "parameter", "there are no more parameters"
+            kind, text = facts[number] if number < len(facts) else nothing
+            versions.setdefault(text, []).append(rank)
         if len(versions) > 1:
             break
     told = "; ".join(f"on {_ranks(ranks)}, {text}" for text, ranks in versions.items())
-    return (
-        f"the ranks are not about to take the same step: {told}. Give every rank the same "
-        "parameters in the same order and the same settings, and a gradient on all ranks or on "
-        "none (a part of the model that only some ranks use needs a zero gradient on the others)."
-    )
+    return f"the ranks are not about to take the same step: {told}. {ADVICE[kind]}"
 
 
 def _ranks(ranks: Sequence[int]) -> str:
