@@ -423,7 +423,8 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
         LensError
             If it was saved by another optimizer, in the other scale form (whose learning rates
             mean something else), under another ablation, or for parameters of other shapes or
-            sharded otherwise. Nothing is loaded then.
+            sharded otherwise. Nothing is loaded then; but what `torch.distributed.checkpoint`
+            has written into weights and state by that time stays there.
         """
         # Hooks rather than code around super(): they see what a user's own pre-hook made of the
         # state, and torch casts state to the weight's dtype, which would round float32 state.

@@ -95,7 +95,9 @@ class NorMuon(MatrixOptimizer):
     betas : tuple of two floats
         Decays in [0, 1) of the momentum M ← β1 M + (1−β1) G and of the neuron-wise second moment
         v ← β2 v + (1−β2) mean over columns of O∘O. Both start at zero, neither is bias-corrected:
-        Newton-Schulz does not see the scale of M, and the step size cancels the scale of v.
+        Newton-Schulz does not see the scale of M, and the step size cancels the scale of v. With
+        β2 = 0 all neurons move equally far on every step; the nearer β2 is to one, the more v is
+        the mean over all steps so far.
     eps : float
         ε > 0 in Ô = O / (√v + ε).
     weight_decay : float
@@ -116,12 +118,13 @@ class NorMuon(MatrixOptimizer):
     ns_coefficients : {"quintic", "polar_express"}
         Which polynomials Newton-Schulz takes; the paper's are ``"quintic"``.
     granularity : {"neuron", "coordinate"}
-        Ablation of the paper: one second moment a neuron, or one a coordinate, as Adam has
-        it, at m·n elements of state more.
+        Ablation: one second moment a neuron (m of them), or one a coordinate (m·n), as Adam has
+        it. By coordinate, entries are evened out rather than neurons; without memory, β2 = 0,
+        their signs are all that is left.
     normalize : {"after", "before"}
         Ablation: divide by √v after orthogonalizing, or before. Before, v is the running mean of
-        the momentum's own square, and the orthogonalization that follows undoes part of the
-        evening.
+        the momentum's own square. That evens out neurons whose gradients differ in size, but not
+        those that share a direction with others, and the update is as well conditioned as Muon's.
     only : {"all", "tall", "wide"}
         Ablation: normalize all matrices, only tall ones (m > n) or only wide ones (m < n). The
         others, and for either of the two the square ones, get Muon's update and keep no second
@@ -157,9 +160,9 @@ class NorMuon(MatrixOptimizer):
     Notes
     -----
     State: m(n + 1) elements per matrix, ``"momentum_buffer"`` of the weight's shape and
-    ``"second_moment"`` of shape (m, 1), sharded as the weight is; in float32 (float64 for float64
-    weights), made at construction. Weights narrower than float32 are updated in float32 and
-    rounded once.
+    ``"second_moment"`` of shape (m, 1), or (m, n) by coordinate, sharded as the weight is; in
+    float32 (float64 for float64 weights), made at construction. Weights narrower than float32 are
+    updated in float32 and rounded once.
 
     References
     ----------

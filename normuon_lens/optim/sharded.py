@@ -248,9 +248,17 @@ class Rounds:
         self._order = order
         self._rank = group.rank()
         self._ranks = group.size()
+        self._problem: Exception | None = None
 
     def carry_out(self, jobs: Sequence[Job]) -> None:
-        """Carry out all jobs; returns when this rank has received all its rows."""
+        """Carry out all jobs; returns when this rank has received all its rows.
+
+        Raises
+        ------
+        Exception
+            The first that a job raised on this rank, after all rounds: the other ranks do not wait
+            in vain. For a matrix that its owner could not compute they got a zero update.
+        """
         sizes = [job.holding.rows * job.columns[0].width for job in jobs]
         rounds = iter(assign_owners(sizes, self._ranks, self._order))
         there = deque(self._gather(jobs, dealt) for dealt in islice(rounds, ROUNDS_IN_FLIGHT))
@@ -263,6 +271,8 @@ class Rounds:
                 self._take(jobs, back.popleft())
         while back:
             self._take(jobs, back.popleft())
+        if self._problem is not None:
+            raise self._problem
 
     def _gather(self, jobs: Sequence[Job], dealt: list[int | None]) -> InFlight:
         """Send this rank's rows of a round to their owners."""
@@ -289,7 +299,12 @@ class Rounds:
         own = arriving.dealt[self._rank]
         if own is not None:
             job = jobs[own]
-            result = job.compute(self._whole(job, arriving.received))
+            whole = self._whole(job, arriving.received)
+            try:
+                result = job.compute(whole)
+            except Exception as problem:
+                self._problem = self._problem or problem
+                result = [torch.zeros_like(whole[0]), *whole[1:]]
             for start, stop in job.holding.spans:
                 sent += self._message(job, [tensor[start:stop] for tensor in result])
             send_sizes = [_bytes(job, rank) for rank in range(self._ranks)]
@@ -306,7 +321,10 @@ class Rounds:
             if index is not None:
                 job = jobs[index]
                 start, stop = job.holding.spans[self._rank]
-                job.receive(_rows(job, arriving.received, at, stop - start))
+                try:
+                    job.receive(_rows(job, arriving.received, at, stop - start))
+                except Exception as problem:
+                    self._problem = self._problem or problem
                 at += _bytes(job, self._rank)
 
     def _whole(self, job: Job, received: Tensor) -> list[Tensor]:
