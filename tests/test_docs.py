@@ -48,6 +48,15 @@ def block() -> nn.ModuleDict:
 @pytest.mark.filterwarnings("ignore::DeprecationWarning")
 @pytest.mark.parametrize("code", examples("python"))
 def test_python_examples_run(code: str, in_tmp_path: Path) -> None:
+    if code.startswith("# train.py\n"):
+        (in_tmp_path / "train.py").write_text(code)
+        torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
+        done = subprocess.run(
+            [*torchrun, "--nproc-per-node", "2", "train.py"], capture_output=True, text=True
+        )
+        assert done.returncode == 0, done.stderr
+        assert done.stdout.startswith("trained, loss ")
+        return
     torch.manual_seed(0)
     blocks = nn.ModuleList(block() for _ in range(2))
     model = nn.ModuleDict({"blocks": blocks, "norm": nn.LayerNorm(8)})

@@ -1,5 +1,6 @@
 """NorMuon against float64 NumPy, and the invariants of its rule."""
 
+import importlib
 import itertools
 
 import numpy as np
@@ -8,6 +9,7 @@ import torch
 
 from normuon_lens.optim import Muon, NorMuon
 
+MODULE = importlib.import_module("normuon_lens.optim.orthogonalize")
 SHAPES = [(24, 8), (8, 24), (12, 12), (6, 3, 2, 2)]
 STEPS = 40
 
@@ -190,3 +192,258 @@ def test_a_dead_neuron_rests_and_disturbs_nobody():
     assert torch.equal(weights[-1][3], torch.ones(8).double())
     assert torch.isfinite(weights[-1]).all()
     assert (weights[-1] != 1).any(dim=1).sum() == 23
+
+
+# -- ablations -----------------------------------------------------------------------------------
+
+
+def polar(M):
+    U, _, Vh = np.linalg.svd(M, full_matrices=False)
+    return U @ Vh
+
+
+def normalized(X, v, beta2, eps, granularity):
+    """Return X over the root of the running mean of its square, and that mean."""
+    square = X * X if granularity == "coordinate" else np.mean(X * X, axis=1, keepdims=True)
+    v = beta2 * v + (1 - beta2) * square
+    return X / (np.sqrt(v) + eps), v
+
+
+def ablated(
+    W, M, v, G, *, beta2, granularity, normalize, only, nesterov, scale, power=newton_schulz
+):
+    """Return W, M and v after a step at lr 0.02, weight decay 0.3, beta1 0.9, eps 1e-3."""
+    M = 0.9 * M + 0.1 * G
+    X = 0.9 * M + 0.1 * G if nesterov else M
+    m, n = W.shape
+    if not {"all": True, "tall": m > n, "wide": m < n}[only]:
+        direction = O = power(X)
+    elif normalize == "before":
+        X, v = normalized(X, v, beta2, 1e-3, granularity)
+        direction = O = power(X)
+    else:
+        O = power(X)
+        direction, v = normalized(O, v, beta2, 1e-3, granularity)
+    if scale == "match_rms":
+        step = 0.2 * 0.02 * np.sqrt(m * n) / np.linalg.norm(direction)
+    else:
+        step = 0.02 * np.sqrt(max(1, m / n)) * np.linalg.norm(O) / np.linalg.norm(direction)
+    return W - 0.02 * 0.3 * W - step * direction, M, v
+
+
+def follow(shape, grads, power=newton_schulz, **options):
+    """Train NorMuon and its NumPy twin; return their worst distance as a share of the way gone."""
+    given = {"granularity": "neuron", "normalize": "after", "only": "all"} | options
+    given = {"beta2": 0.8, "nesterov": False, "scale": "match_rms"} | given
+    start = torch.randn(shape, generator=torch.manual_seed(21)).double()
+    steps = "exact" if power is polar else 5
+    ours = given | {"betas": (0.9, given["beta2"]), "eps": 1e-3, "ns_steps": steps}
+    del ours["beta2"]
+    weights = train(start, grads, lambda p: NorMuon(p, 0.02, weight_decay=0.3, **ours))
+    W = W0 = start.numpy().reshape(shape[0], -1)
+    M, v, worst = np.zeros_like(W), 0.0, 0.0
+    for G, weight in zip(grads, weights[1:], strict=True):
+        W, M, v = ablated(W, M, v, G.numpy().reshape(W.shape), power=power, **given)
+        distance = np.linalg.norm(weight.numpy().reshape(W.shape) - W)
+        worst = max(worst, distance / np.linalg.norm(W - W0))
+    return worst
+
+
+ABLATIONS = list(itertools.product(["neuron", "coordinate"], ["after", "before"]))
+
+
+@pytest.mark.parametrize("only", ["all", "tall", "wide"])
+@pytest.mark.parametrize(("granularity", "normalize"), ABLATIONS)
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("scale", ["match_rms", "preserve_norm"])
+@pytest.mark.parametrize("shape", SHAPES)
+def test_ablations_follow_their_formula(shape, scale, nesterov, granularity, normalize, only):
+    options = {"granularity": granularity, "normalize": normalize, "only": only}
+    worst = follow(shape, gradients(shape, 22), nesterov=nesterov, scale=scale, **options)
+    # Normalizing by coordinate divides small entries by as small a root: measured 1.2e-13.
+    assert worst < 1e-12
+
+
+@pytest.mark.parametrize("beta2", [0.0, 0.5, 0.999])
+@pytest.mark.parametrize(("granularity", "normalize"), ABLATIONS)
+def test_every_beta2_follows_the_formula(granularity, normalize, beta2):
+    options = {"granularity": granularity, "normalize": normalize, "beta2": beta2}
+    assert follow((24, 8), gradients((24, 8), 23), **options) < 1e-12
+
+
+@pytest.mark.parametrize(("granularity", "normalize"), ABLATIONS)
+@pytest.mark.parametrize("shape", SHAPES)
+def test_the_exact_polar_factor_follows_the_formula(shape, granularity, normalize):
+    options = {"granularity": granularity, "normalize": normalize}
+    # The polar factor is only as well known as the smallest singular value is far from zero.
+    assert follow(shape, gradients(shape, 24), power=polar, **options) < 1e-9
+
+
+@pytest.mark.parametrize("only", ["tall", "wide"])
+@pytest.mark.parametrize("shape", SHAPES)
+@pytest.mark.parametrize("nesterov", [False, True])
+@pytest.mark.parametrize("scale", ["match_rms", "preserve_norm"])
+def test_a_matrix_of_the_other_shape_is_muons_bitwise(shape, only, nesterov, scale):
+    m, n = shape[0], np.prod(shape[1:])
+    start = torch.randn(shape, generator=torch.manual_seed(25))
+    grads = gradients(shape, 26, torch.float32)[:10]
+    common = {"nesterov": nesterov, "scale": scale}
+    optimizers = []
+
+    def make(params):
+        optimizers.append(NorMuon(params, 0.02, (0.9, 0.8), only=only, **common))
+        return optimizers[-1]
+
+    ours = train(start, grads, make)
+    muons = train(start, grads, lambda params: Muon(params, 0.02, 0.9, **common))
+    plain = train(start, grads, lambda params: NorMuon(params, 0.02, (0.9, 0.8), **common))
+    (state,) = optimizers[0].state.values()
+    if (m > n) if only == "tall" else (m < n):
+        assert state.keys() == {"momentum_buffer", "second_moment"}
+        assert torch.equal(ours[-1], plain[-1])
+        assert not torch.equal(ours[-1], muons[-1])
+    else:
+        assert state.keys() == {"momentum_buffer"}
+        assert torch.equal(ours[-1], muons[-1])
+        assert not torch.equal(ours[-1], plain[-1])
+
+
+def test_state_is_one_number_a_neuron_or_one_a_coordinate():
+    for granularity, width in (("neuron", 1), ("coordinate", 12)):
+        weight = torch.nn.Parameter(torch.ones(6, 3, 2, 2))
+        optimizer = NorMuon([weight], 0.02, granularity=granularity)
+        assert optimizer.state[weight]["second_moment"].shape == (6, width)
+
+
+def stages(grads, **options):
+    """Return the stages of each step of a training on one matrix, in float64."""
+    weight = torch.nn.Parameter(torch.zeros_like(grads[0]))
+    optimizer = NorMuon([weight], 0.02, weight_decay=0, **options)
+    seen = []
+    for G in grads:
+        seen.append({})
+        optimizer.stage_observer = lambda _, stage, X: seen[-1].update({stage: X.numpy().copy()})
+        weight.grad = G.clone()
+        optimizer.step()
+    return seen
+
+
+def spread(norms):
+    return np.std(norms) / np.mean(norms)
+
+
+def neurons(X):
+    return np.linalg.norm(X, axis=1)
+
+
+def test_without_memory_every_neuron_of_the_normalized_matrix_has_norm_root_n():
+    for shape in [(24, 8), (8, 24), (12, 12)]:
+        for seen in stages(gradients(shape, 27)[:5], betas=(0.9, 0.0), eps=1e-15):
+            np.testing.assert_allclose(neurons(seen["normalized"]), np.sqrt(shape[1]), rtol=1e-12)
+            np.testing.assert_allclose(
+                neurons(seen["update"]), 0.004 * np.sqrt(shape[1]), rtol=1e-12
+            )
+
+
+def test_without_memory_by_coordinate_the_update_is_a_sign():
+    options = {"betas": (0.9, 0.0), "eps": 1e-15, "granularity": "coordinate"}
+    for seen in stages(gradients((24, 8), 28)[:5], **options):
+        np.testing.assert_allclose(
+            seen["update"], 0.004 * np.sign(seen["orthogonalized"]), rtol=1e-9
+        )
+
+
+def test_with_long_memory_the_second_moment_is_the_mean_over_all_steps():
+    # β2 → 1: v / (1−β2) is the plain sum of the squares so far, and the step size cancels scale.
+    seen = stages(gradients((24, 8), 29), betas=(0.9, 1 - 1e-9), eps=1e-15)
+    rows = np.zeros(24)
+    for step in seen:
+        O = step["orthogonalized"]
+        rows += np.mean(O * O, axis=1)
+        direction = O / np.sqrt(rows)[:, None]
+        expected = 0.004 * direction * np.sqrt(direction.size) / np.linalg.norm(direction)
+        np.testing.assert_allclose(step["update"], expected, rtol=0, atol=1e-8)
+
+
+def crowded(shape, seed):
+    """Make rows of one size, three quarters of which share a direction, plus noise."""
+    generator = torch.manual_seed(seed)
+    steady = torch.randn(shape, generator=generator)
+    steady[: shape[0] * 3 // 4] = steady[0]
+    noise = (torch.randn(shape, generator=generator) for _ in range(STEPS))
+    return [(steady + 0.3 * one).double() for one in noise]
+
+
+def later_spread(grads, **options):
+    """Mean spread of the norms of Muon's neurons and of the update's, over later steps."""
+    seen = stages(grads, **options)[20:]
+    return tuple(
+        np.mean([spread(neurons(step[stage])) for step in seen])
+        for stage in ("orthogonalized", "update")
+    )
+
+
+def test_after_evens_neurons_and_before_only_those_that_differ_in_size():
+    # Tall matrices, where Muon's neurons are uneven: measured 0.6 to 0.8.
+    sizes, directions = gradients((48, 12), 30), crowded((48, 12), 30)
+    for grads in (sizes, directions):
+        muon, after = later_spread(grads)
+        assert after < 0.2 < 0.5 < muon
+    assert later_spread(sizes, normalize="before")[1] < 0.2
+    assert later_spread(directions, normalize="before")[1] > 0.5
+
+
+def test_before_evens_what_goes_in_and_orthogonalizing_undoes_part_of_it():
+    for seen in stages(gradients((48, 12), 31)[5:15], betas=(0.9, 0.0), normalize="before"):
+        assert spread(neurons(seen["normalized"])) < 1e-5
+        assert spread(neurons(seen["orthogonalized"])) > 0.05
+        # What leaves is orthogonal: conditioning is kept, which normalizing after costs.
+        assert np.linalg.cond(seen["update"]) < 1.8
+
+
+def test_by_coordinate_entries_even_out_by_neuron_they_do_not():
+    grads = gradients((24, 8), 32)
+    entries = {
+        granularity: np.mean(
+            [spread(np.abs(s["update"])) for s in stages(grads, granularity=granularity)[20:]]
+        )
+        for granularity in ("neuron", "coordinate")
+    }
+    assert entries["coordinate"] < entries["neuron"] / 1.5
+
+
+def test_stages_come_in_the_order_in_which_they_are_made():
+    for place, order in (
+        ("after", ["momentum", "orthogonalized", "normalized", "update"]),
+        ("before", ["momentum", "normalized", "orthogonalized", "update"]),
+    ):
+        (seen,) = stages(gradients((6, 4), 33)[:1], normalize=place)
+        assert list(seen) == order
+
+
+# -- compiled --------------------------------------------------------------------------------------
+
+
+@pytest.mark.filterwarnings("ignore:.*torch.jit:DeprecationWarning")  # torch's compiler on itself
+@pytest.mark.parametrize(("rule", "ns_dtype"), [(NorMuon, None), (Muon, torch.float32)])
+def test_a_compiled_step_is_one_graph_and_the_same_bitwise(monkeypatch, rule, ns_dtype):
+    from torch._dynamo.testing import CompileCounter
+
+    monkeypatch.setattr(MODULE, "BLOCK", 4)  # so that small matrices are multiplied in blocks
+    torch._dynamo.reset()
+    counter = CompileCounter()
+    trained = []
+    for compiled in (False, True):
+        generator = torch.manual_seed(34)
+        shapes = [(9, 10), (24, 9)]
+        params = [torch.nn.Parameter(torch.randn(shape, generator=generator)) for shape in shapes]
+        optimizer = rule(params, 0.02, ns_dtype=ns_dtype, ns_steps=4)
+        step = torch.compile(optimizer.step, backend=counter) if compiled else optimizer.step
+        for _ in range(3):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator)
+            step()
+        trained.append(params)
+    torch._dynamo.reset()
+    assert counter.frame_count == 1
+    assert all(torch.equal(one, other) for one, other in zip(*trained, strict=True))

@@ -9,7 +9,8 @@ import torch
 
 import normuon_lens.optim
 from normuon_lens.errors import LensError
-from normuon_lens.optim import Muon, NorMuon
+from normuon_lens.optim import Muon, NorMuon, _shell
+from normuon_lens.optim._shell import MatrixOptimizer
 
 RULES = [Muon, NorMuon]
 both = pytest.mark.parametrize("rule", RULES)
@@ -390,3 +391,122 @@ COMMON = [
 def test_hyper_parameters_out_of_range_are_refused(rule, name, value):
     with pytest.raises(LensError, match=f"^{name} must be .*, got "):
         rule(parameters(), **({"lr": 0.02} | {name: value}))
+
+
+# -- matrices of one shape, stacked as on a GPU ---------------------------------------------------
+
+STACKED = [
+    (Muon, {}),
+    (Muon, {"nesterov": True, "scale": "preserve_norm"}),
+    (NorMuon, {}),
+    (NorMuon, {"nesterov": True, "scale": "preserve_norm"}),
+    (NorMuon, {"granularity": "coordinate"}),
+    (NorMuon, {"normalize": "before"}),
+    (NorMuon, {"granularity": "coordinate", "normalize": "before", "nesterov": True}),
+    (NorMuon, {"only": "tall"}),
+    (NorMuon, {"only": "wide", "ns_coefficients": "polar_express"}),
+    (NorMuon, {"ns_steps": "exact"}),
+]
+
+
+def stack_equal_shapes(parameters):
+    """Group as `_batches` does on a GPU, two at most."""
+    alike = {}
+    for p in parameters:
+        alike.setdefault(p.flatten(1).shape, []).append(p)
+    for batch in alike.values():
+        for start in range(0, len(batch), 2):
+            yield batch[start : start + 2]
+
+
+def observed_training(rule, options, dtype):
+    """Weights, state and what the observer saw of each parameter, in its order."""
+    generator = torch.manual_seed(21)
+    shapes = [(12, 6), (6, 12), (12, 6), (4, 3, 2, 2), (8, 8), (12, 6), (4, 12), (8, 8)]
+    params = [torch.nn.Parameter(torch.randn(s, generator=generator).to(dtype)) for s in shapes]
+    optimizer = rule(params, 0.02, **options)
+    seen = {id(p): [] for p in params}
+    optimizer.stage_observer = lambda p, stage, X: seen[id(p)].append((stage, X.clone()))
+    for number in range(4):
+        for i, p in enumerate(params):
+            G = 10.0 ** -(3 * i) * torch.randn(p.shape, generator=generator)
+            # One that joins later, one without a gradient now and then, one of zero.
+            p.grad = None if (i == 2 and number < 2) or (i == 7 and number == 3) else G.to(dtype)
+        params[4].grad.zero_()
+        optimizer.step()
+    return params, [optimizer.state[p] for p in params], list(seen.values())
+
+
+@pytest.mark.parametrize("dtype", [torch.float32, torch.bfloat16, torch.float64])
+@pytest.mark.parametrize(("rule", "options"), STACKED)
+def test_stacked_matrices_are_updated_as_one_by_one(monkeypatch, rule, options, dtype):
+    weights, states, seen = observed_training(rule, options, dtype)
+    stacks = []
+
+    def recording(self, batch, group, step_batch=MatrixOptimizer._step_batch):
+        stacks.append(len(batch))
+        step_batch(self, batch, group)
+
+    monkeypatch.setattr(_shell, "_batches", stack_equal_shapes)
+    monkeypatch.setattr(MatrixOptimizer, "_step_batch", recording)
+    stacked_weights, stacked_states, stacked_seen = observed_training(rule, options, dtype)
+    assert sum(stacks) == 8 * 4 - 3
+    assert stacks.count(2) == 3 + 3 + 3 + 2
+    # Bitwise, but for a decomposition, whose last digits depend on where in memory a matrix lies.
+    near = {"rtol": 0, "atol": 1e-6 if "ns_steps" in options else 0}
+    torch.testing.assert_close(stacked_weights, weights, **near)
+    for found, expected in zip(stacked_states, states, strict=True):
+        assert found.keys() == expected.keys()
+        for name in expected:
+            assert expected[name].shape == found[name].shape
+            torch.testing.assert_close(found[name], expected[name], **near)
+    for found, expected in zip(stacked_seen, seen, strict=True):
+        assert [stage for stage, _ in found] == [stage for stage, _ in expected]
+        torch.testing.assert_close([X for _, X in found], [X for _, X in expected], **near)
+
+
+def test_a_cpu_takes_one_matrix_at_a_time():
+    params = parameters() + parameters()
+    assert [[id(p) for p in batch] for batch in _shell._batches(params)] == [
+        [id(p)] for p in params
+    ]
+
+
+class OnGpu:
+    """Stands in for a parameter on a GPU, of which only shape, dtype and device are asked."""
+
+    def __init__(self, *shape, dtype=torch.float32, index=0):
+        self.shape, self.dtype = torch.Size(shape), dtype
+        self.device = torch.device("cuda", index)
+
+    def numel(self):
+        return self.shape.numel()
+
+
+def test_a_gpu_takes_matrices_of_one_shape_dtype_and_device_together(monkeypatch):
+    a, b, c = OnGpu(8, 6), OnGpu(6, 8), OnGpu(8, 3, 2)
+    d, e = OnGpu(8, 6, dtype=torch.bfloat16), OnGpu(8, 6, index=1)
+    f, g = OnGpu(8, 6), OnGpu(6, 8)
+    assert list(_shell._batches([a, b, c, d, e, f, g])) == [[a, c, f], [b, g], [d], [e]]
+    # As many as fit, never none.
+    monkeypatch.setattr(_shell, "BATCH_ELEMENTS", 2 * 48 + 1)
+    assert list(_shell._batches([a, b, c, d, e, f, g])) == [[a, c], [f], [b, g], [d], [e]]
+    monkeypatch.setattr(_shell, "BATCH_ELEMENTS", 1)
+    assert list(_shell._batches([a, c])) == [[a], [c]]
+    assert list(_shell._batches([])) == []
+
+
+@pytest.mark.skipif(not torch.cuda.is_available(), reason="needs a GPU")
+@pytest.mark.parametrize(("rule", "options"), STACKED)
+def test_a_gpu_goes_where_a_cpu_goes(rule, options):
+    def trained(device):
+        params = [torch.nn.Parameter(p.detach().to(device)) for p in parameters() + parameters()]
+        optimizer = rule(params, 0.02, ns_dtype=torch.float32, **options)
+        generator = torch.manual_seed(22)
+        for _ in range(5):
+            for p in params:
+                p.grad = torch.randn(p.shape, generator=generator).to(device)
+            optimizer.step()
+        return [p.detach().cpu() for p in params]
+
+    torch.testing.assert_close(trained("cuda"), trained("cpu"), rtol=0, atol=1e-4)
