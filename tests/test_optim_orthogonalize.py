@@ -189,7 +189,7 @@ def composed(coefficients, steps, x):
 def bands(text):
     """Read the rows of a table, in reStructuredText or Markdown, as (name, steps, numbers)."""
     name, cell, gap = r'"(quintic|polar_express)"`*', r"([\d.,]+)", r"[ |]+"
-    row = rf"{name}\D+(\d+){gap}{cell}{gap}\[{cell}, {cell}\]{gap}{cell}"
+    row = rf"{name}[^\d\n]+(\d+){gap}{cell}{gap}\[{cell}, {cell}\]{gap}{cell}"
     return [
         (name, int(steps), [cell.replace(",", "") for cell in cells])
         for name, steps, *cells in re.findall(row, text)
