@@ -471,7 +471,7 @@ def test_exact_is_the_polar_factor_of_numpy(shape, dtype, tolerance):
     ("dtype", "tolerance"),
     [(torch.float64, 1e-11), (torch.float32, 1e-4), (torch.bfloat16, 0.1)],
 )
-@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (30, 30)])
+@pytest.mark.parametrize("shape", [(40, 30), (30, 40), (200, 150)])
 def test_exact_leaves_out_what_is_only_rounding(shape, dtype, tolerance):
     left, _ = np.linalg.qr(np.random.default_rng(8).standard_normal((shape[0], 4)))
     right, _ = np.linalg.qr(np.random.default_rng(9).standard_normal((shape[1], 4)))
@@ -479,6 +479,18 @@ def test_exact_leaves_out_what_is_only_rounding(shape, dtype, tolerance):
     found = orthogonalize(matrix, "exact")
     assert relative(found, left @ right.T) < tolerance
     assert np.linalg.matrix_rank(found.double().numpy(), tol=0.5) == 4
+
+
+@pytest.mark.parametrize(
+    ("dtype", "tolerance"),
+    [(torch.float64, 1e-14), (torch.float32, 1e-6), (torch.bfloat16, 1e-2)],
+)
+def test_exact_of_rank_one_is_its_direction(dtype, tolerance):
+    generator = torch.manual_seed(10)
+    u, v = (torch.randn(size, dtype=torch.float64, generator=generator) for size in (200, 150))
+    found = orthogonalize(torch.outer(u, v).to(dtype), "exact")
+    expected = torch.outer(u / u.norm(), v / v.norm())
+    assert relative(found, expected.numpy()) < tolerance
 
 
 def test_exact_keeps_small_values_that_are_none_of_rounding():

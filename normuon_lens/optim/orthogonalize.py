@@ -115,7 +115,7 @@ def orthogonalize(
     In float32 on a CPU half of every symmetric product is left out, and an elongated matrix is
     iterated on through its small Gram matrix. That takes less time, see
     ``benchmarks/optimizer_step.py``, and stays within a few times the error of plain float32, or
-    about 1e-4 where plain products happen to be exact (constant matrices, repeated rows).
+    below 1e-3 where plain products happen to be exact (constant matrices, repeated rows).
     Everywhere else an iteration is three plain products on the smaller side; in float64 that makes
     the oracle of the fast paths.
 
