@@ -2,7 +2,7 @@
 
 from __future__ import annotations
 
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import torch
 from torch import Tensor
@@ -48,6 +48,12 @@ def muon_update(
     O = orthogonalize(mean, ns_steps, dtype=ns_dtype, coefficients=ns_coefficients)
     stages = {"momentum": mean, "orthogonalized": O}
     return MatrixUpdate(step_size(O, O, lr, scale) * O, stages)
+
+
+def muon_settings(group: Group) -> dict[str, Any]:
+    """Return what `muon_update` takes from a parameter group, and NorMuon's update too."""
+    names = ("scale", "ns_steps", "ns_dtype", "ns_coefficients")
+    return {"lr": float(group["lr"])} | {name: group[name] for name in names}
 
 
 class Muon(MatrixOptimizer):
@@ -168,11 +174,4 @@ class Muon(MatrixOptimizer):
         return beta
 
     def _update(self, mean: Tensor, state: State, group: Group) -> MatrixUpdate:
-        return muon_update(
-            mean,
-            lr=float(group["lr"]),
-            scale=group["scale"],
-            ns_steps=group["ns_steps"],
-            ns_dtype=group["ns_dtype"],
-            ns_coefficients=group["ns_coefficients"],
-        )
+        return muon_update(mean, **muon_settings(group))

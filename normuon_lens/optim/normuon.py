@@ -15,7 +15,7 @@ from normuon_lens.optim._shell import (
     State,
     refuse_unless,
 )
-from normuon_lens.optim.muon import muon_update
+from normuon_lens.optim.muon import muon_settings, muon_update
 from normuon_lens.optim.orthogonalize import orthogonalize
 from normuon_lens.optim.scaling import step_size
 
@@ -238,23 +238,12 @@ class NorMuon(MatrixOptimizer):
 
     def _update(self, mean: Tensor, state: State, group: Group) -> MatrixUpdate:
         if "second_moment" not in state:
-            return muon_update(
-                mean,
-                lr=float(group["lr"]),
-                scale=group["scale"],
-                ns_steps=group["ns_steps"],
-                ns_dtype=group["ns_dtype"],
-                ns_coefficients=group["ns_coefficients"],
-            )
+            return muon_update(mean, **muon_settings(group))
         return normuon_update(
             mean,
             state["second_moment"],
-            lr=float(group["lr"]),
             beta2=group["betas"][1],
             eps=group["eps"],
-            scale=group["scale"],
-            ns_steps=group["ns_steps"],
-            ns_dtype=group["ns_dtype"],
-            ns_coefficients=group["ns_coefficients"],
             normalize=group["normalize"],
+            **muon_settings(group),
         )
