@@ -16,7 +16,7 @@ from normuon_lens.errors import LensError
 from normuon_lens.optim.groups import is_matrix
 from normuon_lens.optim.momentum import advance
 from normuon_lens.optim.orthogonalize import COEFFICIENTS
-from normuon_lens.optim.owners import ORDERS
+from normuon_lens.optim.owners import ORDERS, assign_owners
 from normuon_lens.optim.scaling import SCALES
 from normuon_lens.optim.sharded import (
     Column,
@@ -26,6 +26,7 @@ from normuon_lens.optim.sharded import (
     Rounds,
     as_dtensor,
     local,
+    members_of,
     missing_rows,
     refusal,
 )
@@ -273,6 +274,26 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
                 self._step_shared(ranks)
         return loss
 
+    def sharers(self) -> list[int]:
+        """Return the (global) ranks that share the work; none if every process does all of it."""
+        first = next(self._all(), None)
+        return members_of(first[1], self._process_group) if first else []
+
+    def owners(self) -> dict[torch.nn.Parameter, int]:
+        """Return which (global) rank updates each parameter whole; none if every process does all.
+
+        It stays the same while the parameters do, with or without a gradient: that rank alone is
+        shown a parameter's stages.
+        """
+        ranks = self.sharers()
+        parameters = [parameter for _, parameter, _ in self._all()]
+        return {
+            parameters[number]: ranks[owner]
+            for numbers in (self._dealt(len(ranks)) if ranks else [])
+            for owner, number in enumerate(numbers)
+            if number is not None
+        }
+
     def _faults(self) -> list[tuple[str, str]]:
         """Whose gradient cannot be taken, and why."""
         told = [(label, _fault(parameter)) for label, parameter, _ in self._all()]
@@ -343,12 +364,17 @@ class MatrixOptimizer(torch.optim.Optimizer, abc.ABC):
     def _step_shared(self, ranks: Ranks) -> None:
         """Update all matrices, each computed by its owner. [paper, Algorithm 2]."""
         ranks.agree(type(self).__name__, list(self._facts()), self._faults())
-        jobs = [
-            self._job(parameter, group, ranks)
-            for _, parameter, group in self._all()
+        jobs = {
+            number: self._job(parameter, group, ranks)
+            for number, (_, parameter, group) in enumerate(self._all())
             if parameter.grad is not None
-        ]
-        Rounds(ranks.group, ranks.device, self._owners).carry_out(jobs)
+        }
+        Rounds(ranks.group, ranks.device).carry_out(jobs, self._dealt(len(ranks.members)))
+
+    def _dealt(self, ranks: int) -> list[list[int | None]]:
+        """Deal all parameters, also those without a gradient: each keeps its owner."""
+        sizes = [parameter.numel() for _, parameter, _ in self._all()]
+        return assign_owners(sizes, ranks, self._owners)
 
     def _facts(self) -> Iterator[tuple[str, str]]:
         """All that ranks must have in common when they take a step."""

@@ -16,7 +16,7 @@ from __future__ import annotations
 import hashlib
 import sys
 from collections import deque
-from collections.abc import Callable, Sequence
+from collections.abc import Callable, Mapping, Sequence
 from dataclasses import dataclass
 from functools import lru_cache
 from itertools import islice
@@ -26,7 +26,7 @@ import torch
 from torch import Tensor
 
 from normuon_lens.errors import LensError
-from normuon_lens.optim.owners import assign_owners, row_range
+from normuon_lens.optim.owners import row_range
 
 if TYPE_CHECKING:
     from torch.distributed import ProcessGroup, Work
@@ -99,6 +99,12 @@ def refusal(parameter: Tensor) -> str | None:
         return (
             f"is placed as {sharded.placements}; only whole rows can be sharded, by Shard(0), as "
             "fully_shard does. Give a parameter under tensor parallelism to AdamW."
+        )
+    # torch deals rows by the order of ranks in a group, which ascends, but counts them by the mesh.
+    if split and bool((sharded.device_mesh.mesh.diff(dim=next(iter(split))) < 0).any()):
+        return (
+            f"is sharded over ranks {sharded.device_mesh.mesh.tolist()}, which do not ascend. Make "
+            "the mesh of ranks in ascending order."
         )
     return None
 
@@ -238,20 +244,25 @@ class Rounds:
         Every rank of it must carry out the same jobs in the same order.
     device : torch.device
         Where the group's backend communicates, and the owner computes.
-    order : {"round_robin", "snake"}
-        See `normuon_lens.optim.owners.assign_owners`.
     """
 
-    def __init__(self, group: ProcessGroup, device: torch.device, order: str) -> None:
+    def __init__(self, group: ProcessGroup, device: torch.device) -> None:
         self._group = group
         self._device = device
-        self._order = order
         self._rank = group.rank()
         self._ranks = group.size()
         self._problem: Exception | None = None
 
-    def carry_out(self, jobs: Sequence[Job]) -> None:
+    def carry_out(self, jobs: Mapping[int, Job], dealt: Sequence[Sequence[int | None]]) -> None:
         """Carry out all jobs; returns when this rank has received all its rows.
+
+        Parameters
+        ----------
+        jobs : mapping of int to Job
+            By number.
+        dealt : sequence of sequence of (int or None)
+            Rounds: the number that each rank has, as `normuon_lens.optim.owners.assign_owners`
+            deals them. Numbers without a job are passed over.
 
         Raises
         ------
@@ -259,13 +270,13 @@ class Rounds:
             The first that a job raised on this rank, after all rounds: the other ranks do not wait
             in vain. For a matrix that its owner could not compute they got a zero update.
         """
-        sizes = [job.holding.rows * job.columns[0].width for job in jobs]
-        rounds = iter(assign_owners(sizes, self._ranks, self._order))
-        there = deque(self._gather(jobs, dealt) for dealt in islice(rounds, ROUNDS_IN_FLIGHT))
+        at_hand = ([i if i in jobs else None for i in numbers] for numbers in dealt)
+        rounds = (numbers for numbers in at_hand if set(numbers) != {None})
+        there = deque(self._gather(jobs, numbers) for numbers in islice(rounds, ROUNDS_IN_FLIGHT))
         back: deque[InFlight] = deque()
         while there:
             arriving = there.popleft()
-            there.extend(self._gather(jobs, dealt) for dealt in islice(rounds, 1))
+            there.extend(self._gather(jobs, numbers) for numbers in islice(rounds, 1))
             back.append(self._compute(jobs, arriving))
             if len(back) > ROUNDS_IN_FLIGHT:
                 self._take(jobs, back.popleft())
@@ -274,7 +285,7 @@ class Rounds:
         if self._problem is not None:
             raise self._problem
 
-    def _gather(self, jobs: Sequence[Job], dealt: list[int | None]) -> InFlight:
+    def _gather(self, jobs: Mapping[int, Job], dealt: list[int | None]) -> InFlight:
         """Send this rank's rows of a round to their owners."""
         sent: list[Tensor] = []
         send_sizes = [0] * self._ranks
@@ -291,7 +302,7 @@ class Rounds:
                 receive_sizes[sender] = _bytes(jobs[own], sender)
         return self._exchange(dealt, sent, send_sizes, receive_sizes)
 
-    def _compute(self, jobs: Sequence[Job], arriving: InFlight) -> InFlight:
+    def _compute(self, jobs: Mapping[int, Job], arriving: InFlight) -> InFlight:
         """Compute the matrix that this rank owns and send every rank its rows."""
         arriving.work.wait()
         sent: list[Tensor] = []
@@ -313,7 +324,7 @@ class Rounds:
         ]
         return self._exchange(arriving.dealt, sent, send_sizes, receive_sizes)
 
-    def _take(self, jobs: Sequence[Job], arriving: InFlight) -> None:
+    def _take(self, jobs: Mapping[int, Job], arriving: InFlight) -> None:
         """Hand out this rank's rows of the results of a round."""
         arriving.work.wait()
         at = 0
@@ -383,6 +394,24 @@ def _rows(job: Job, message: Tensor, at: int, rows: int) -> list[Tensor]:
     return tensors
 
 
+def members_of(parameter: Tensor, group: ProcessGroup | None) -> list[int]:
+    """Return the (global) ranks that share the work on a parameter; none if it is not shared.
+
+    Parameters
+    ----------
+    parameter : Tensor
+        A DTensor is shared by all ranks of its mesh, any other by those of the group.
+    group : ProcessGroup or None
+    """
+    import torch.distributed as dist
+
+    sharded = as_dtensor(parameter)
+    if sharded is not None:
+        members: list[int] = sharded.device_mesh.mesh.flatten().tolist()
+        return members
+    return [] if group is None else dist.get_process_group_ranks(group)
+
+
 class Ranks:
     """The ranks that share the work, and the groups through which they talk.
 
@@ -413,7 +442,7 @@ class Ranks:
         import torch.distributed as dist
 
         mesh = sharded.device_mesh
-        members = mesh.mesh.flatten().tolist()
+        members = members_of(sharded, None)
         group: ProcessGroup | None
         if mesh.ndim == 1:
             group = mesh.get_group()
