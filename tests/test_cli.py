@@ -19,7 +19,7 @@ from normuon_lens.cli.runs import skip_option
 from normuon_lens.cli.tables import factor, figure
 from normuon_lens.runfile import Matrices, Matrix, Writer, made_up_run
 
-VERBS = ("check", "compare", "cost", "dashboard", "demo", "run", "summary")
+VERBS = ("check", "compare", "cost", "dashboard", "demo", "pack", "run", "summary")
 
 
 def run(capsys: pytest.CaptureFixture[str], *arguments: object) -> tuple[int, str, str]:

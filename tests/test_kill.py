@@ -282,7 +282,7 @@ def test_writer_may_be_killed_before_any_of_its_file_operations(
     tmp_path: Path, monkeypatch: pytest.MonkeyPatch
 ) -> None:
     monkeypatch.setattr("normuon_lens.runfile.writer.MERGE_FAN_IN", 2)
-    monkeypatch.setattr("normuon_lens.runfile.writer.process_lives", lambda pid: False)
+    monkeypatch.setattr("normuon_lens.runfile.claim.process_lives", lambda pid: False)
     left = 0
 
     def mortal(operation: Callable[..., object]) -> Callable[..., object]:

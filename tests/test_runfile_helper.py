@@ -13,6 +13,7 @@ from collections.abc import Callable, Iterator
 from pathlib import Path
 from typing import Any
 
+import h5py
 import numpy as np
 import pytest
 
@@ -73,7 +74,7 @@ def update_of(i: int, step: int, dtype: str = "float32") -> np.ndarray:
 
 @pytest.mark.parametrize("dtype", ["float16", "float32", "float64"])
 def test_spectra_are_those_of_the_matrices_sent(bench: Bench, dtype: str) -> None:
-    assert bench.open() == {"opened": [0]}
+    assert bench.open() == {"opened": [{"last_step": 0, "attempt": None}]}
     for step in (1, 2):
         for i in range(len(TABLE)):
             bench.matrix(i, step, update_of(i, step, dtype))
@@ -201,7 +202,7 @@ def test_flush_makes_everything_visible(bench: Bench) -> None:
 
 def test_several_recordings_are_kept_apart(bench: Bench, tmp_path: Path) -> None:
     paths = tmp_path / "x.h5", tmp_path / "y.h5"
-    assert bench.open(*paths) == {"opened": [0, 0]}
+    assert bench.open(*paths) == {"opened": [{"last_step": 0, "attempt": None}] * 2}
     for step in (1, 2):
         for run in (0, 1):
             bench.matrix(0, step, (run + 1) * update_of(0, step), run=run)
@@ -230,7 +231,7 @@ def test_recordings_open_together_or_not_at_all(bench: Bench, tmp_path: Path) ->
     assert list(tmp_path.iterdir()) == [taken]
     with pytest.raises(RunError, match="not open"):
         bench.step(1)
-    assert bench.open() == {"opened": [0]}
+    assert bench.open() == {"opened": [{"last_step": 0, "attempt": None}]}
 
 
 def test_failure_of_one_recording_ends_all(bench: Bench, tmp_path: Path) -> None:
@@ -280,6 +281,98 @@ def test_what_is_committed_is_told_once(bench: Bench, tmp_path: Path) -> None:
 def test_step_before_the_recording_is_open_is_refused(bench: Bench) -> None:
     with pytest.raises(RunError, match="not open"):
         bench.step(1)
+
+
+# -- of one of several ranks ---------------------------------------------------------------------
+
+
+def rank_header(path: Path, rank: int, attempt: int | None = None) -> dict[str, Any]:
+    """Open a recording of two ranks, of which the second has all neurons but the first one's."""
+    rows = [[0, 1, 1] if rank == 0 else [1, matrix.m, 1] for matrix in TABLE]
+    shard = {"rank": rank, "ranks": [0, 1], "attempt": attempt, "rows": {"update": rows}}
+    header = open_header(path)
+    header["recordings"][0]["shard"] = shard
+    return header
+
+
+def weigh(bench: Bench, step: int, index: list[int], decay: float) -> None:
+    header = {"run": 0, "step": step, "stage": "update"}
+    norms, decays = np.array(index) + step / 8, np.full(len(index), decay)
+    bench.send("weights", header, index=np.array(index), norm=norms, decay=decays)
+
+
+@pytest.mark.parametrize("weights_first", [False, True])
+def test_ranks_are_merged_by_the_lead(weights_first: bool, tmp_path: Path) -> None:
+    path = tmp_path / "x.h5"
+    benches = Bench(path), Bench(path)
+    assert benches[0].send("open", rank_header(path, 0)) == {
+        "opened": [{"last_step": 0, "attempt": 0}]
+    }
+    benches[1].send("open", rank_header(path, 1, 0))
+    for step in (1, 2):
+        for rank, bench in enumerate(benches):
+            # The owner of a matrix does not know its weights, and tells of others that it has not.
+            owned = [i for i in range(3) if (i + step) % 2 == rank]
+            decay = 0.25 if step == 1 else np.nan
+            if weights_first:
+                weigh(bench, step, [0, 1, 2], decay)
+            for i in owned:
+                bench.matrix(i, step, update_of(i, step), weight_norm=float("nan"))
+            if not weights_first:
+                weigh(bench, step, [0, 1, 2], decay)
+            norms = np.full(3 if rank == 0 else TABLE.total_rows - 3, step + rank, np.float32)
+            bench.send("step", step_header(step), update=norms)
+    closed = benches[1].send("close", {"status": "finished", "dropped": [0]})["closed"][0]
+    assert (closed["steps"], closed["remark"]) == (2, "")
+    header = {"status": "finished", "dropped": [0], "merge": True}
+    with warnings.catch_warnings():
+        warnings.simplefilter("ignore", DeprecationWarning)  # of a fork, in Python 3.12
+        closed = benches[0].send("close", header)["closed"][0]
+    assert (closed["steps"], closed["remark"]) == (2, "")
+    assert closed["bytes"] == path.stat().st_size
+    assert not parts_of(path).exists()
+    run = open_run(path)
+    assert (run.status, run.holes) == ("finished", [])
+    assert run.neuron_norms("up")[:, :2].tolist() == [[1, 2], [2, 3]]
+    for i, name in enumerate(TABLE.names):
+        spectra = run.spectra(name)
+        for row, step in enumerate((1, 2)):
+            expected = np.linalg.svd(update_of(i, step).astype(float), compute_uv=False)
+            np.testing.assert_allclose(spectra.sigma[row], expected, rtol=1e-9)
+            np.testing.assert_array_equal(run.update(name, step), update_of(i, step))
+        assert spectra.weight_norm.tolist() == [i + 0.125, i + 0.25]
+    with h5py.File(path, locking=False) as file:
+        assert file["spectra/update/decay"][()].tolist() == [[0.25] * 3, [0.125] * 3]
+
+
+def test_weights_without_a_matrix_are_no_sample(bench: Bench) -> None:
+    bench.open()
+    weigh(bench, 1, [0, 1], 0.5)
+    bench.step(1)
+    bench.matrix(0, 2, update_of(0, 2))
+    weigh(bench, 2, [0, 1], 0.5)
+    bench.step(2)
+    bench.close()
+    run = open_run(bench.path)
+    assert run.spectrum_steps().tolist() == [2]
+    assert run.spectra("up").weight_norm.tolist() == [0.25]
+    assert np.isnan(run.spectra("down").weight_norm).all()
+
+
+def test_lead_says_whom_it_waited_for(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
+    monkeypatch.setattr(helper, "MERGE_SECONDS", 0.2)
+    path = tmp_path / "x.h5"
+    benches = Bench(path), Bench(path)
+    for rank, bench in enumerate(benches):
+        bench.send("open", rank_header(path, rank, 0 if rank else None))
+        norms = np.ones(3 if rank == 0 else TABLE.total_rows - 3, np.float32)
+        bench.send("step", step_header(1), update=norms)
+    header = {"status": "finished", "dropped": [0], "merge": True}
+    closed = benches[0].send("close", header)["closed"][0]
+    assert closed["remark"] == (
+        f"kept in parts: rank 1 has not finished; later: normuon-lens pack {path}"
+    )
+    assert closed["steps"] == 1
 
 
 # -- as a process --------------------------------------------------------------------------------
@@ -356,7 +449,7 @@ def test_process_leaves_the_signals_of_a_job_to_its_trainer(tmp_path: Path) -> N
     process, send = start_process()
     send("open", open_header(tmp_path / "x.h5"))
     assert process.stdout
-    assert json.loads(process.stdout.readline())["opened"] == [0]
+    assert json.loads(process.stdout.readline())["opened"] == [{"last_step": 0, "attempt": None}]
     for number in (signal.SIGINT, signal.SIGTERM, signal.SIGHUP):
         process.send_signal(number)
     send("step", step_header(1))

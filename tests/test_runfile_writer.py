@@ -17,7 +17,7 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 
 from normuon_lens.errors import RunError
-from normuon_lens.runfile import Matrices, Matrix, Writer, open_run
+from normuon_lens.runfile import Matrices, Matrix, Run, Writer, open_run, pack
 from normuon_lens.runfile.manifest import Manifest
 from normuon_lens.runfile.schema import parts_of
 
@@ -460,11 +460,11 @@ def test_crash_of_packing_keeps_the_parts(
     path = tmp_path / "x.h5"
     write_steps(writer := Writer(path, {}, TABLE, apart=True), range(1, 31))
 
-    def write_half(self: Writer, temporary: Path, status: str) -> None:
+    def write_half(run: Run, temporary: Path, *_: object, **__: object) -> None:
         temporary.write_bytes(b"half")
         accident()
 
-    monkeypatch.setattr(Writer, "_write_packed", write_half)
+    monkeypatch.setattr(pack, "write_packed", write_half)
     remark = writer.close().remark
     assert "kept in parts: the packed file could not be written" in remark
     assert says in remark

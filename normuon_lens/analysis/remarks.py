@@ -9,7 +9,7 @@ from normuon_lens.runfile import Run
 WORTH_SAYING = 0.01
 """Rounding errors of an update below this share are not worth a sentence."""
 
-TOLD = ("schedule", "interrupted")
+TOLD = ("schedule", "interrupted", "damaged")
 """Kinds of events that are told; dropped samples are counted instead."""
 
 
@@ -44,6 +44,7 @@ def remarks(run: Run, errors: Series | None = None) -> list[str]:
     for damage in run.damaged:
         span = f"steps {damage.steps[0]}–{damage.steps[1]}" if damage.steps else "a part"
         said.append(f"{span} damaged and left out: {damage.reason}")
+    said += [f"hole: {hole.text}" for hole in run.holes]
     return said
 
 

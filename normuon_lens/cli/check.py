@@ -20,8 +20,8 @@ if TYPE_CHECKING:
 def check(runs: tuple[str, ...], as_json: bool) -> None:
     """Say whether a recording is whole.
 
-    Reads it from end to end, and ends with exit code 2 if anything is damaged. A RUN may also be a
-    folder.
+    Reads it from end to end, and ends with exit code 2 if anything is damaged, or if one of
+    several ranks left a hole. A RUN may also be a folder.
     """
     reports = [_read_everything(run) for run in open_runs(runs)]
     if as_json:
@@ -31,11 +31,19 @@ def check(runs: tuple[str, ...], as_json: bool) -> None:
             click.echo(
                 f"{report['path']}: {report['status']}, {report['steps']} steps, "
                 f"{report['spectra']} spectra, {report['matrices']} full matrices, "
-                f"{report['dropped']} dropped: {'whole' if not report['damaged'] else 'DAMAGED'}"
+                f"{report['dropped']} dropped: {_verdict(report)}"
             )
-    damaged = [text for report in reports for text in report["damaged"]]
-    if damaged:
-        raise RunError("; ".join(damaged) + "; the undamaged rest stays readable")
+            for hole in report["holes"]:
+                click.echo(f"  {hole}")
+    wrong = [text for report in reports for text in report["damaged"] + report["holes"]]
+    if wrong:
+        raise RunError("; ".join(wrong) + "; the undamaged rest stays readable")
+
+
+def _verdict(report: dict[str, Any]) -> str:
+    if report["damaged"]:
+        return "DAMAGED"
+    return "HOLES" if report["holes"] else "whole"
 
 
 def _read_everything(run: Run) -> dict[str, Any]:
@@ -60,4 +68,5 @@ def _read_everything(run: Run) -> dict[str, Any]:
         "matrices": matrices,
         "dropped": run.dropped,
         "damaged": damaged,
+        "holes": [hole.text for hole in run.holes],
     }

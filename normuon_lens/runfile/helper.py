@@ -14,6 +14,7 @@ import os
 import select
 import signal
 import sys
+import time
 from collections.abc import Callable, Mapping
 from contextlib import suppress
 from pathlib import Path
@@ -24,11 +25,13 @@ import numpy as np
 from normuon_lens.errors import LensError, RunError
 from normuon_lens.metrics.spectrum import rounding_noise, singular_values
 from normuon_lens.runfile.manifest import INTERRUPTED
-from normuon_lens.runfile.schema import Matrices, Matrix
+from normuon_lens.runfile.schema import Matrices, Matrix, Shard
 from normuon_lens.runfile.wire import PLACE, Message, read_message
 from normuon_lens.runfile.writer import Closed, Writer
 
 TICK_SECONDS = 0.5
+MERGE_SECONDS = 30.0
+"""How long the lead waits for other ranks to finish before it leaves a recording in parts."""
 MAX_REASON = 1000
 """Characters of an error's text that are passed on."""
 
@@ -37,10 +40,51 @@ class Sample:
     """The spectra of one stage at one step, as they come in matrix by matrix."""
 
     def __init__(self, matrices: Matrices) -> None:
-        self.sigma = np.full(matrices.total_sigmas, np.nan)
-        self.floor = np.full(len(matrices), np.nan)
-        self.weight_norm = np.full(len(matrices), np.nan)
-        self.decay = np.full(len(matrices), np.nan)
+        self._matrices = matrices
+        self._came = np.zeros(len(matrices), dtype=bool)
+        self._sigma = np.full(matrices.total_sigmas, np.nan)
+        self._floor = np.full(len(matrices), np.nan)
+        self._weight_norm = np.full(len(matrices), np.nan)
+        self._decay = np.full(len(matrices), np.nan)
+        self._told: list[dict[str, np.ndarray]] = []
+
+    def measure(self, message: Message) -> None:
+        """Take the spectrum of a matrix."""
+        header, values = message.header, message.arrays["values"]
+        i = header["index"]
+        noise = rounding_noise(values.shape, header["noise_norm"], header["noise_dtype"])
+        # A spectrum that LAPACK cannot find stays NaN; the recording goes on.
+        with suppress(np.linalg.LinAlgError):
+            sigma, floor = singular_values(values, noise=noise)
+            self._sigma[self._matrices.sigmas(i)] = sigma
+            self._floor[i] = floor
+        self._weight_norm[i] = header["weight_norm"]
+        self._decay[i] = header["decay"]
+        self._came[i] = True
+
+    def weigh(self, message: Message) -> None:
+        """Note norms and decays of weights that were not known where their matrices were."""
+        self._told.append(message.arrays)
+
+    def write(self, writer: Writer, stage: str, step: int, *, shard: bool) -> None:
+        """Hand the spectra to the writer, if there are any; of a rank only what came."""
+        if not self._came.any():
+            return
+        for told in self._told:
+            index, decay = told["index"], told["decay"]
+            self._weight_norm[index] = told["norm"]
+            self._decay[index] = np.where(np.isfinite(decay), decay, self._decay[index])
+        self._weight_norm[~self._came] = self._decay[~self._came] = np.nan
+        of = np.flatnonzero(self._came) if shard else np.arange(len(self._came))
+        writer.spectra(
+            stage,
+            step,
+            self._sigma[np.repeat(np.isin(np.arange(len(self._came)), of), self._matrices.widths)],
+            self._floor[of],
+            weight_norm=self._weight_norm[of],
+            decay=self._decay[of],
+            of=of.tolist() if shard else None,
+        )
 
 
 class Recording:
@@ -56,6 +100,8 @@ class Recording:
         The table of matrices, row by row.
     options : mapping
         Further arguments of :class:`Writer`.
+    shard : mapping, optional
+        What this rank records of the matrices, as :meth:`Shard.to_json` says it.
 
     Raises
     ------
@@ -69,10 +115,14 @@ class Recording:
         metadata: Mapping[str, Any],
         matrices: list[dict[str, Any]],
         options: Mapping[str, Any],
+        shard: Mapping[str, Any] | None = None,
     ) -> None:
         self._matrices = Matrices([Matrix(**row) for row in matrices])
         self._samples: dict[tuple[str, int], Sample] = {}
-        self.writer = Writer(Path(path), metadata, self._matrices, apart=True, **options)
+        self._shard = Shard.from_json(shard) if shard else None
+        self.writer = Writer(
+            Path(path), metadata, self._matrices, shard=self._shard, apart=True, **options
+        )
 
     def step(self, message: Message) -> None:
         """Add a step's row."""
@@ -90,20 +140,16 @@ class Recording:
 
     def matrix(self, message: Message) -> None:
         """Measure a matrix, keep it, or both."""
-        header, values = message.header, message.arrays["values"]
-        stage, step, i = header["stage"], header["step"], header["index"]
+        header = message.header
         if header["spectrum"]:
-            sample = self._samples.setdefault((stage, step), Sample(self._matrices))
-            noise = rounding_noise(values.shape, header["noise_norm"], header["noise_dtype"])
-            # A spectrum that LAPACK cannot find stays NaN; the recording goes on.
-            with suppress(np.linalg.LinAlgError):
-                sigma, floor = singular_values(values, noise=noise)
-                sample.sigma[self._matrices.sigmas(i)] = sigma
-                sample.floor[i] = floor
-            sample.weight_norm[i] = header["weight_norm"]
-            sample.decay[i] = header["decay"]
+            self._sample(header).measure(message)
         if header["keep"]:
-            self.writer.matrix(stage, i, step, values)
+            values = message.arrays["values"]
+            self.writer.matrix(header["stage"], header["index"], header["step"], values)
+
+    def weights(self, message: Message) -> None:
+        """Add norms and decays of the weights whose spectra come, or came, at the same step."""
+        self._sample(message.header).weigh(message)
 
     def event(self, message: Message) -> None:
         """Add an event."""
@@ -115,23 +161,23 @@ class Recording:
         """Whether nothing came since the opening."""
         return self.writer.untouched and not self._samples
 
-    def close(self, status: str) -> Closed:
-        """Commit and pack."""
+    def close(self, status: str, merge_until: float | None = None) -> Closed:
+        """Commit and pack; what several ranks recorded only if there is a time to wait for them."""
         self._end_samples()
-        return self.writer.close(status)
+        closed = self.writer.close(status)
+        if self._shard is None or merge_until is None:
+            return closed
+        return self.writer.merge(max(0.0, merge_until - time.monotonic()))
+
+    def _sample(self, header: Mapping[str, Any]) -> Sample:
+        key = (header["stage"], header["step"])
+        return self._samples.setdefault(key, Sample(self._matrices))
 
     def _end_samples(self, until: int | None = None) -> None:
         for stage, step in list(self._samples):
             if until is None or step <= until:
                 sample = self._samples.pop((stage, step))
-                self.writer.spectra(
-                    stage,
-                    step,
-                    sample.sigma,
-                    sample.floor,
-                    weight_norm=sample.weight_norm,
-                    decay=sample.decay,
-                )
+                sample.write(self.writer, stage, step, shard=self._shard is not None)
 
 
 class Helper:
@@ -161,11 +207,13 @@ class Helper:
         if message.kind == "close":
             for recording, dropped in zip(self._opened, message.header["dropped"], strict=True):
                 recording.writer.dropped(dropped)
-            return {"closed": self._discard() or self._close(message.header["status"])}
+            wait = MERGE_SECONDS if message.header.get("merge") else None
+            return {"closed": self._discard() or self._close(message.header["status"], wait)}
         recording = self._opened[message.header["run"]]
         handle: dict[str, Callable[[Message], None]] = {
             "step": recording.step,
             "matrix": recording.matrix,
+            "weights": recording.weights,
             "event": recording.event,
         }
         handle[message.kind](message)
@@ -208,7 +256,8 @@ class Helper:
                 recording_so_far.writer.discard()
             raise
         self._recordings, self._first = opened, opened[0]
-        return {"opened": [recording.writer.last_step for recording in opened]}
+        writers = [recording.writer for recording in opened]
+        return {"opened": [{"last_step": x.last_step, "attempt": x.attempt} for x in writers]}
 
     def _discard(self) -> list[dict[str, Any]]:
         """Leave nothing of recordings without a step: they would only be in the way of the next."""
@@ -222,10 +271,11 @@ class Helper:
         self._recordings = []
         return discarded
 
-    def _close(self, status: str) -> list[dict[str, Any]]:
+    def _close(self, status: str, wait: float | None = None) -> list[dict[str, Any]]:
         closed = []
+        until = None if wait is None else time.monotonic() + wait
         while self._recordings:
-            done = self._recordings[0].close(status)
+            done = self._recordings[0].close(status, until)
             closed.append({**done._asdict(), "path": str(done.path)})
             del self._recordings[0]  # it is finished, whatever becomes of the others
         return closed

@@ -18,15 +18,12 @@ import h5py
 import numpy as np
 
 from normuon_lens.errors import RunError
-from normuon_lens.runfile.guard import damage, open_guarded
-from normuon_lens.runfile.manifest import FINISHED, INTERRUPTED, NAME, RECORDING, Manifest
-from normuon_lens.runfile.schema import STAGES, Event, Matrices, parts_of
-from normuon_lens.runfile.segment import (
-    check_layout,
-    read_matrices,
-    read_metadata,
-    read_segment,
-)
+from normuon_lens.runfile.manifest import INTERRUPTED, NAME, RECORDING, Manifest
+from normuon_lens.runfile.rank_files import Handles, OutOfDate, RankSegment
+from normuon_lens.runfile.ranks import Attempt, Ranks, read_ranks
+from normuon_lens.runfile.schema import STAGES, Event, Matrices, parts_of, rank_folders
+from normuon_lens.runfile.segment import Segment, without_samples
+from normuon_lens.runfile.source import Damage, File, Hole, Source, holes_of
 
 
 class Spectra(NamedTuple):
@@ -47,51 +44,6 @@ class Spectra(NamedTuple):
     sigma: np.ndarray
     floor: np.ndarray
     weight_norm: np.ndarray
-
-
-class Damage(NamedTuple):
-    """A segment that could not be read: its path, the steps it held, and why."""
-
-    path: Path
-    steps: tuple[int, int] | None
-    reason: str
-
-
-class _Source:
-    """One immutable file of a run: its small index in memory, its data read on demand.
-
-    The file stays open, so that it can still be read after it was merged into another.
-    """
-
-    def __init__(self, path: Path) -> None:
-        self.path = path
-        self._file = open_guarded(path)
-        with damage(path):
-            self.metadata = read_metadata(self._file)
-            self.matrices = read_matrices(self._file)
-            segment = read_segment(self._file)
-            check_layout(segment, self.matrices)
-            self.status = bytes(self._file.attrs.get("status", FINISHED.encode())).decode()
-            self.dropped = int(self._file.attrs.get("dropped", 0))
-            # Everything short: indices, floors and norms; never neurons, sigma or matrices.
-            self.index = {
-                name: array[()]
-                for name, array in segment.arrays.items()
-                if array.ndim == 1 or name.endswith(("/floor", "/weight_norm", "/decay"))
-            }
-        self.events = segment.events
-        self.scalars = segment.scalars
-        self.paths = set(segment.arrays)
-
-    @property
-    def rows(self) -> int:
-        return len(self.index["steps/step"])
-
-    def read(self, path: str, at: tuple[Any, ...]) -> np.ndarray:
-        """Read part of a dataset; RunError when the disk or the file refuses."""
-        with damage(self.path, path):
-            values: np.ndarray = self._file[path][at]
-        return values
 
 
 def open_run(path: str | Path) -> Run:
@@ -194,6 +146,12 @@ class Run:
         Steps recorded more than once (a resumed training); the last record counts.
     damaged : list of Damage
         Segments that could not be read.
+    holes : list of Hole
+        Recorded steps that lack what one of several ranks recorded, by rank, then by step; what
+        is missing there is NaN.
+    ranks : tuple of int
+        The ranks that record, the lead first; () for a recording that is one file, or of one
+        process.
     events : list of Event
     """
 
@@ -201,7 +159,11 @@ class Run:
         self.path = path
         self.status = RECORDING
         self.damaged: list[Damage] = []
-        self._sources: list[_Source] = []
+        self._sources: list[Source] = []
+        self._of_ranks: Ranks | None = None
+        self._segments: dict[Path, RankSegment] = {}
+        self._handles = Handles()
+        self._alive: tuple[bool, ...] = ()
         self._stamp: object = None
         self._manifest: Manifest | None = None
         self.refresh()
@@ -340,12 +302,12 @@ class Run:
         RunError
             If the recording is gone, or nothing in it can be read.
         """
-        known = {source.path: source for source in self._sources if source.path != self.path}
-        while (stamp := self._look()) != self._stamp:
+        known = {x.path: x for x in self._sources if isinstance(x, File) and x.path != self.path}
+        while (stamp := self._look()) != self._stamp or self._somebody_ended():
             if self._load(known):
                 self._stamp = stamp
                 return True
-        alive = self._manifest.writer_lives() if self._manifest else False
+        alive = self._manifest.writer_lives() if self._manifest else self._of_ranks is not None
         if self.status == RECORDING and not alive:
             self.status = INTERRUPTED
             return True
@@ -358,6 +320,10 @@ class Run:
         text = f"<Run {self.name!r}: {self.optimizer}, {span}, {shapes}, {sampled} spectra each"
         if self.damaged:
             text += f", {len(self.damaged)} damaged segments"
+        if self.ranks:
+            text += f", {len(self.ranks)} ranks"
+        if self.holes:
+            text += f", {len(self.holes)} holes"
         return f"{text}, {self.status}>"
 
     def _repr_html_(self) -> str:
@@ -374,28 +340,33 @@ class Run:
             f"<th>dtype</th><th>full matrices kept</th></tr></thead><tbody>{rows}</tbody></table>"
         )
 
+    def segments(self) -> list[Segment]:
+        """Return all records, file by file, to be copied into one: what packing needs."""
+        return [without_samples(source.segment(), source.later) for source in self._sources]
+
     # -- how ---------------------------------------------------------------------------------
 
     def _look(self) -> object:
-        """Return what changes when the recording does: the stamps of its file and manifest."""
-        stamps: list[tuple[int, int, int] | None] = []
-        for path in (self.path, parts_of(self.path) / NAME):
-            try:
-                found = path.stat()
-                if not stat.S_ISREG(found.st_mode):
-                    raise RunError(f"{path}: not a file")
-                stamps.append((found.st_ino, found.st_mtime_ns, found.st_size))
-            except (FileNotFoundError, NotADirectoryError):
-                stamps.append(None)
-            except OSError as error:
-                raise RunError(f"{path}: {error.strerror}") from None
-        if stamps == [None, None]:
-            if parts_of(self.path).is_dir():
-                raise RunError(f"{parts_of(self.path)}: damaged, it has no {NAME}")
+        """Return what changes when the recording does: the stamps of its file and manifests."""
+        parts = parts_of(self.path)
+        stamps = {path: _stamp_of(path) for path in (self.path, parts / NAME)}
+        try:
+            folders = [x for ranks in rank_folders(parts).values() for x in ranks.values()]
+        except OSError as error:  # it is being removed, or may not be read
+            raise RunError(f"{parts}: {error.strerror}") from None
+        for folder in folders:
+            stamps[folder] = None if folder.is_symlink() else _stamp_of(folder / NAME)
+        if not folders and not any(stamps.values()):
+            if parts.is_dir():
+                raise RunError(f"{parts}: damaged, it has no {NAME}")
             raise RunError(f"{self.path}: no such recording")
-        return tuple(stamps)
+        return stamps
 
-    def _load(self, known: dict[Path, _Source]) -> bool:
+    def _somebody_ended(self) -> bool:
+        """Tell whether a rank's process ended without a word, for whom nobody need wait now."""
+        return self._of_ranks is not None and self._of_ranks.alive() != self._alive
+
+    def _load(self, known: dict[Path, File]) -> bool:
         """Read the list of files and those that are not `known` yet, which is added to.
 
         Returns
@@ -405,17 +376,18 @@ class Run:
             packed meanwhile.
         """
         # Order matters: packing replaces the file first and removes the parts afterwards.
-        manifest = Manifest.load(parts_of(self.path))
+        parts = parts_of(self.path)
+        manifest = Manifest.load(parts)
         files: list[tuple[Path, tuple[int, int] | None]] = []
         if self.path.exists():
             files.append((self.path, None))
         for entry in manifest.segments if manifest else []:
-            files.append((parts_of(self.path) / entry.file, (entry.first, entry.last)))
-        sources: list[_Source] = []
+            files.append((parts / entry.file, (entry.first, entry.last)))
+        sources: list[Source] = []
         damaged: list[Damage] = []
         for path, steps in files:
             try:
-                source = known.get(path) or _Source(path)
+                source = known.get(path) or File(path)
                 if sources and source.matrices != sources[0].matrices:
                     raise RunError("its matrices are not this run's")
             except RunError as error:
@@ -426,11 +398,29 @@ class Run:
             sources.append(source)
             if path != self.path:
                 known[path] = source
-        if not sources and not manifest and not damaged:
+        of_ranks = None
+        folders = {} if manifest else rank_folders(parts)
+        if folders:
+            segments = dict(self._segments)
+            table = sources[0].matrices if sources else None
+            try:
+                of_ranks = read_ranks(self.path, parts, table, segments, self._handles)
+            except OutOfDate:
+                return False
+            if Manifest.load(parts) or rank_folders(parts) != folders:
+                return False  # packed meanwhile, and what was read may be half of it
+            sources += of_ranks.attempts
+            damaged += of_ranks.damaged
+        if not sources and not manifest and not damaged and not of_ranks:
             return False
         if not sources and damaged:
             raise RunError(f"{damaged[0].path}: {damaged[0].reason}")
         self._manifest, self._sources, self.damaged = manifest, sources, damaged
+        self._of_ranks = of_ranks
+        self._alive = of_ranks.alive() if of_ranks else ()
+        members = [x for of in of_ranks.members for x in of] if of_ranks else []
+        self._segments = {x.path: x for member in members for x in member.segments}
+        self._handles.keep(self._segments)
         self._adopt()
         return True
 
@@ -440,22 +430,33 @@ class Run:
 
     def _adopt(self) -> None:
         """Derive the merged view: every step once, in order, from the last file that has it."""
+        later = np.empty(0, np.int64)
+        for source in reversed(self._sources):
+            source.later = later
+            if isinstance(source, Attempt):
+                later = np.union1d(later, source.index["steps/step"])
         newest = self._sources[-1] if self._sources else None
         self.metadata: dict[str, Any] = newest.metadata if newest else {}
         self.table = newest.matrices if newest else Matrices([])
+        self.ranks: tuple[int, ...] = newest.ranks if isinstance(newest, Attempt) else ()
         self.events: list[Event] = [event for s in self._sources for event in s.events]
         self.status, self.dropped = self._state()
-        self._sampled_cache: dict[str, tuple[np.ndarray, list[tuple[_Source, int]]]] = {}
+        self._sampled_cache: dict[str, tuple[np.ndarray, list[tuple[Source, int]]]] = {}
         self.steps, self._order = _each_once(self._concatenate("steps/step"))
         self.overlaps = sum(s.rows for s in self._sources) - len(self.steps)
+        self.holes: list[Hole] = holes_of(self._sources, self.steps, self._order)
         self.times = self._concatenate("steps/time", np.float64)[self._order]
         self.void = self._concatenate("steps/void", np.uint8)[self._order].astype(bool)
         names = sorted({name for source in self._sources for name in source.scalars})
         self.scalars = {name: self._scalar(name) for name in names}
 
     def _state(self) -> tuple[str, int]:
+        files = [source for source in self._sources if isinstance(source, File)]
+        if self._of_ranks:
+            before = sum(source.dropped for source in files)
+            return self._of_ranks.status(), self._of_ranks.dropped() + before
         if self._manifest is None:
-            return self._sources[-1].status, self._sources[-1].dropped
+            return files[-1].status, files[-1].dropped
         if self._manifest.status == RECORDING and not self._manifest.writer_lives():
             return INTERRUPTED, self._manifest.dropped
         return self._manifest.status, self._manifest.dropped
@@ -510,21 +511,21 @@ class Run:
             first += source.rows
         return values
 
-    def _sampled(self, path: str) -> tuple[np.ndarray, list[tuple[_Source, int]]]:
+    def _sampled(self, path: str) -> tuple[np.ndarray, list[tuple[Source, int]]]:
         """Return the distinct steps of a sampled quantity and the file and row of each."""
         if path not in self._sampled_cache:
             places = [
                 (source, row)
                 for source in self._sources
                 if path in source.index
-                for row in range(len(source.index[path]))
+                for row in np.flatnonzero(~np.isin(source.index[path], source.later)).tolist()
             ]
             recorded = [int(source.index[path][row]) for source, row in places]
             steps, order = _each_once(np.array(recorded, dtype=np.int64))
             self._sampled_cache[path] = steps, [places[i] for i in order]
         return self._sampled_cache[path]
 
-    def _place_of(self, path: str, step: int, what: str) -> tuple[_Source, int]:
+    def _place_of(self, path: str, step: int, what: str) -> tuple[Source, int]:
         steps, places = self._sampled(path)
         at = int(np.searchsorted(steps, step))
         if at < len(steps) and steps[at] == step:
@@ -534,12 +535,12 @@ class Run:
         nearest = steps[np.argmin(np.abs(steps - step))]
         raise RunError(f"{self.path}: no {what} at step {step}; the nearest is step {nearest}")
 
-    def _gather(self, path: str, places: list[tuple[_Source, int]], column: Any) -> np.ndarray:
+    def _gather(self, path: str, places: list[tuple[Source, int]], column: Any) -> np.ndarray:
         """Read rows from several files, each file once."""
-        rows: dict[_Source, list[int]] = {}
+        rows: dict[Source, list[int]] = {}
         for source, row in places:
             rows.setdefault(source, []).append(row)
-        read: dict[tuple[_Source, int], np.ndarray] = {}
+        read: dict[tuple[Source, int], np.ndarray] = {}
         for source, wanted in rows.items():
             if path in source.index:
                 block, low = source.index[path][:, column], 0
@@ -548,6 +549,18 @@ class Run:
                 block = source.read(path, (slice(low, max(wanted) + 1), column))
             read.update({(source, row): block[row - low] for row in wanted})
         return np.array([read[place] for place in places])
+
+
+def _stamp_of(path: Path) -> tuple[int, int, int] | None:
+    try:
+        found = path.stat()
+    except (FileNotFoundError, NotADirectoryError):
+        return None
+    except OSError as error:
+        raise RunError(f"{path}: {error.strerror}") from None
+    if not stat.S_ISREG(found.st_mode):
+        raise RunError(f"{path}: not a file")
+    return found.st_ino, found.st_mtime_ns, found.st_size
 
 
 def _each_once(steps: np.ndarray) -> tuple[np.ndarray, np.ndarray]:

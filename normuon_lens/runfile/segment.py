@@ -7,9 +7,10 @@ memory or datasets of an open file, which are copied piece by piece.
 
 from __future__ import annotations
 
+import itertools
 import json
 import re
-from collections.abc import Iterable, Sequence
+from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -23,6 +24,7 @@ from normuon_lens.runfile.schema import (
     Event,
     Matrices,
     Matrix,
+    Shard,
     fixed_strings,
     plain_strings,
 )
@@ -36,11 +38,21 @@ MAX_SIDE = 2**31
 MATRIX_CHUNK_BYTES = 64 << 20
 """A stored matrix is one chunk a step, unless it is larger than this."""
 
-UPDATE_FIELD = re.compile(r"\d{3,6}(_step|_scale)?", re.ASCII)
+MAX_RANKS = 1 << 16
+"""Ranks of a recording: far beyond any training."""
+
+MAX_ERA = 1 << 31
+"""How often a training may have gone back."""
+
+UPDATE_FIELD = re.compile(r"\d{3,6}(_step|_scale|_era)?", re.ASCII)
 """Datasets of one ``/updates/<stage>``: (Tm, m, n), then (Tm,) each; the number is the matrix."""
 
 SAMPLE_FIELDS = ("step", "sigma", "floor", "weight_norm", "decay")
 """Datasets of one ``/spectra/<stage>``: (Ts,), (Ts, Σk), then (Ts, M) each."""
+
+RECORD_FIELDS = ("step", "matrix", "era", "sigma", "floor", "weight_norm", "decay")
+"""Datasets of one ``/samples/<stage>`` of a rank: one record a matrix and step, for at each step
+a rank owns other matrices. (R,) each, but sigma, which has min(m, n) values a record."""
 
 
 @dataclass
@@ -73,8 +85,10 @@ def write_segment(
     matrices: Matrices,
     segments: Sequence[Segment],
     *,
+    shard: Shard | None = None,
     packed: bool = False,
     compress: bool = False,
+    progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the records of `segments`, in their order, into the empty `file`.
 
@@ -88,19 +102,25 @@ def write_segment(
         The table of matrices, equal for all segments.
     segments : sequence of Segment
         At least one.
+    shard : Shard, optional
+        Which rank's they are, and what it records; its attempt is chosen.
     packed : bool
         Chunk for reading over time, (256, 256), instead of one row a chunk, and annotate for
         general HDF5 viewers.
     compress : bool
         Shuffle and gzip, which every HDF5 reads.
+    progress : callable, optional
+        Called with the bytes that were copied, piece by piece.
     """
     file.attrs["format"] = np.bytes_(FORMAT)
     file.attrs["schema"] = SCHEMA
     file.attrs["run"] = np.bytes_(run)
     _write_matrices(file.create_group("matrices"), matrices)
+    if shard:
+        _write_shard(file, shard)
     filters = {"compression": "gzip", "shuffle": True} if compress else {}
     for path in dict.fromkeys(path for segment in segments for path in segment.arrays):
-        _concatenate(file, path, segments, packed, filters)
+        _concatenate(file, path, segments, packed, filters, progress)
     _write_scalars(file.require_group("steps"), segments, filters)
     events = [event for segment in segments for event in segment.events]
     if events:
@@ -122,11 +142,15 @@ def read_segment(file: h5py.File) -> Segment:
         :func:`check_layout`.
     """
     paths = [f"steps/{name}" for name in ("step", "time", "void")]
+    if "shard" in file:
+        paths.append("steps/era")
     for stage in STAGES:
         if f"neurons/{stage}" in file:
             paths.append(f"neurons/{stage}")
         if f"spectra/{stage}" in file:
             paths += [f"spectra/{stage}/{name}" for name in SAMPLE_FIELDS]
+        if f"samples/{stage}" in file:
+            paths += [f"samples/{stage}/{name}" for name in RECORD_FIELDS]
         if f"updates/{stage}" in file:
             known = [name for name in file[f"updates/{stage}"] if UPDATE_FIELD.fullmatch(name)]
             paths += [f"updates/{stage}/{name}" for name in known]
@@ -143,7 +167,50 @@ def read_segment(file: h5py.File) -> Segment:
     return segment
 
 
-def check_layout(segment: Segment, matrices: Matrices) -> None:
+class Selected:
+    """Some records of an array-like, for copying it piece by piece.
+
+    Parameters
+    ----------
+    array : array-like
+    records : ndarray of int64
+        Which, ascending.
+    """
+
+    def __init__(self, array: Any, records: np.ndarray) -> None:
+        self._array = array
+        self._records = records
+        self.shape = (len(records), *array.shape[1:])
+        self.dtype = array.dtype
+
+    def __len__(self) -> int:
+        return len(self._records)
+
+    def __getitem__(self, at: slice) -> np.ndarray:
+        wanted = self._records[at]
+        values = np.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
+        for i, record in enumerate(wanted.tolist()):
+            values[i] = self._array[record]
+        return values
+
+
+def without_samples(segment: Segment, steps: np.ndarray) -> Segment:
+    """Return a segment without its spectra and matrices of these steps."""
+    arrays = dict(segment.arrays)
+    for path, array in segment.arrays.items():
+        if path.startswith("spectra/"):
+            index = f"{path.rpartition('/')[0]}/step"
+        elif path.startswith("updates/"):
+            index = f"{path.removesuffix('_step').removesuffix('_scale')}_step"
+        else:
+            continue
+        kept = ~np.isin(segment.arrays[index][()], steps)
+        if not kept.all():
+            arrays[path] = Selected(array, np.flatnonzero(kept))
+    return Segment(segment.scalars, arrays, segment.events)
+
+
+def check_layout(segment: Segment, matrices: Matrices, shard: Shard | None = None) -> None:
     """Hold the shapes and types of a segment against its steps and its table of matrices.
 
     Raises
@@ -157,26 +224,78 @@ def check_layout(segment: Segment, matrices: Matrices) -> None:
         if kind == "steps":
             shape = (segment.rows,)
         elif kind == "neurons":
-            shape = (segment.rows, matrices.total_rows)
+            if shard and rest[0] not in shard.rows:
+                raise ValueError(f"{path} is of no stage that this rank records")
+            width = shard.total(rest[0]) if shard else matrices.total_rows
+            shape = (segment.rows, width)
         elif kind == "spectra":
             records = len(segment.arrays[f"spectra/{rest[0]}/step"])
-            width = {"step": (), "sigma": (matrices.total_sigmas,)}
-            shape = (records, *width.get(rest[1], (len(matrices),)))
+            widths = {"step": (), "sigma": (matrices.total_sigmas,)}
+            shape = (records, *widths.get(rest[1], (len(matrices),)))
+        elif kind == "samples":
+            shape = (_sample_length(segment, rest[0], rest[1], matrices),)
         else:
             number, _, field_name = rest[1].partition("_")
             of_matrix = f"updates/{rest[0]}/{number}"
-            if {of_matrix, f"{of_matrix}_step"} - set(segment.arrays):
+            needed = {of_matrix, f"{of_matrix}_step", *([f"{of_matrix}_era"] if shard else [])}
+            if needed - set(segment.arrays):
                 raise ValueError(f"{of_matrix} or its steps are missing")
             if int(number) >= len(matrices):
                 raise ValueError(f"{path} is of no matrix of the table")
             records, matrix = len(segment.arrays[f"{of_matrix}_step"]), matrices[int(number)]
             shape = (records,) if field_name else (records, matrix.m, matrix.n)
-        whole = path.endswith(("step", "void"))
+        whole = path.endswith(("step", "void", "era", "/matrix"))
         if array.shape != shape or array.dtype.kind not in ("iu" if whole else "f"):
             raise ValueError(
                 f"{path} is {array.dtype} of shape {array.shape}, "
                 f"expected {'whole' if whole else 'float'} numbers of shape {shape}"
             )
+        if path.endswith("era") and not _within(array[()], 0, MAX_ERA):
+            raise ValueError(f"{path} has impossible numbers")
+
+
+def _sample_length(segment: Segment, stage: str, name: str, matrices: Matrices) -> int:
+    """Return how many values a dataset of a rank's samples must have."""
+    of = segment.arrays[f"samples/{stage}/matrix"]
+    if name != "sigma":
+        return len(of)
+    if of.dtype.kind not in "iu" or not _within(of[()], 0, len(matrices)):
+        raise ValueError(f"samples/{stage}/matrix names matrices that are not in the table")
+    return int(matrices.widths[of[()]].sum())
+
+
+def _within(numbers: np.ndarray, low: int, high: int) -> bool:
+    return not len(numbers) or bool(low <= numbers.min() and numbers.max() < high)
+
+
+def read_shard(file: h5py.File, matrices: Matrices) -> Shard | None:
+    """Return which rank an open segment is of and what it records; None of an ordinary file.
+
+    Raises
+    ------
+    ValueError
+        If it contradicts itself or the table of matrices.
+    """
+    if "shard" not in file:
+        return None
+    ranks = _whole_numbers(file, "shard/ranks")
+    rank, attempt = int(file.attrs["rank"]), int(file.attrs["attempt"])
+    ascending = all(a < b for a, b in itertools.pairwise(ranks))
+    if not ascending or len(ranks) > MAX_RANKS or ranks[:1] < [0] or rank not in ranks:
+        raise ValueError("its ranks are no ranks")
+    if not 0 <= attempt < MAX_ERA:
+        raise ValueError("its attempt is none")
+    rows = {}
+    for stage in STAGES:
+        if f"shard/{stage}" in file:
+            table = _dataset(file, f"shard/{stage}")
+            if table.dtype.kind not in "iu" or table.shape != (len(matrices), 3):
+                raise ValueError(f"shard/{stage} does not fit the matrices")
+            rows[stage] = tuple((int(a), int(b), int(c)) for a, b, c in table[()].tolist())
+            for (start, stop, parts), matrix in zip(rows[stage], matrices, strict=True):
+                if not (0 <= start <= stop <= matrix.m and 1 <= parts <= len(ranks)):
+                    raise ValueError(f"shard/{stage} has rows that {matrix.name!r} has not")
+    return Shard(rank, tuple(ranks), attempt, rows)
 
 
 def read_matrices(file: h5py.File) -> Matrices:
@@ -232,6 +351,14 @@ def _write_matrices(group: h5py.Group, matrices: Matrices) -> None:
     group["group"] = np.array([matrix.group for matrix in matrices], dtype=np.int64)
 
 
+def _write_shard(file: h5py.File, shard: Shard) -> None:
+    file.attrs["rank"] = shard.rank
+    file.attrs["attempt"] = shard.attempt
+    file["shard/ranks"] = np.array(shard.ranks, dtype=np.int64)
+    for stage, rows in shard.rows.items():
+        file[f"shard/{stage}"] = np.array(rows, dtype=np.int64).reshape(-1, 3)
+
+
 def _write_scalars(group: h5py.Group, segments: Sequence[Segment], filters: dict[str, Any]) -> None:
     names = sorted({name for segment in segments for name in segment.scalars})
     rows = sum(segment.rows for segment in segments)
@@ -251,6 +378,7 @@ def _concatenate(
     segments: Sequence[Segment],
     packed: bool,
     filters: dict[str, Any],
+    progress: Callable[[int], None] | None,
 ) -> None:
     blocks = [_block(segment, path, segments) for segment in segments]
     blocks = [block for block in blocks if block is not None]
@@ -267,6 +395,8 @@ def _concatenate(
         for piece in _pieces(block, 256 if chunks and chunks[0] == 256 else 1):
             dataset[start : start + len(piece)] = piece
             start += len(piece)
+            if progress:
+                progress(piece.nbytes)
 
 
 def _block(segment: Segment, path: str, segments: Sequence[Segment]) -> Any:

@@ -7,11 +7,11 @@ into larger ones, as a log-structured store does, so that a week's run has hundr
 
 from __future__ import annotations
 
+import dataclasses
 import os
-import shutil
 import time
 import uuid
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from contextlib import ExitStack, suppress
 from pathlib import Path
 from typing import Any, NamedTuple
@@ -20,18 +20,12 @@ import h5py
 import numpy as np
 
 from normuon_lens.errors import RunError
-from normuon_lens.runfile.guard import damage, open_guarded
-from normuon_lens.runfile.manifest import (
-    FINISHED,
-    NAME,
-    Entry,
-    Manifest,
-    process_lives,
-    replace_durably,
-    write_durably,
-)
-from normuon_lens.runfile.schema import LIBVER, Event, Matrices, parts_of, to_json
-from normuon_lens.runfile.segment import Segment, read_matrices, read_segment, write_segment
+from normuon_lens.runfile.claim import LOCK, lock, owner_of, survey
+from normuon_lens.runfile.guard import open_guarded
+from normuon_lens.runfile.manifest import FINISHED, NAME, Entry, Manifest, write_durably
+from normuon_lens.runfile.pack import await_ranks, pack_in_place
+from normuon_lens.runfile.schema import LIBVER, Event, Matrices, Shard, parts_of, to_json
+from normuon_lens.runfile.segment import Segment, read_segment, write_segment
 
 COMMIT_SECONDS = 2.0
 COMMIT_BYTES = 16 << 20
@@ -40,8 +34,6 @@ MERGE_FAN_IN = 16
 MERGE_LIMIT = 64 << 20
 """Fewer are merged as soon as they exceed this many bytes; beyond half of it a segment is left as
 it is. So no recording has more files than its bytes over half of this, and some."""
-PACK_LIMIT = 16 << 30
-"""A recording beyond this many bytes stays in parts on close."""
 RESERVE, RESERVE_BYTES = "reserve", 64 << 10
 """A file given up when recording fails: a full disk then has room to say that it is full."""
 
@@ -63,9 +55,14 @@ class Writer:
     path : Path
         Where the finished recording shall lie, such as ``runs/x.h5``.
     metadata : mapping
-        What describes the run, at least ``optimizer`` (class name). JSON-serialisable.
+        What describes the run, at least ``optimizer`` (class name). JSON-serialisable. With
+        ``job``, of ``id`` and ``restart``, what an earlier start of the same job recorded is
+        resumed unasked.
     matrices : Matrices
         The table of matrices.
+    shard : Shard, optional
+        Record as one of several ranks, each with a writer of its own, what this one has of the
+        matrices. The lead opens first, without an attempt, the others with that of the lead.
     resume : bool
         Append to the recording at `path`, finished or interrupted, instead of refusing.
     store : {"float32", "float16"}
@@ -81,9 +78,12 @@ class Writer:
     Attributes
     ----------
     last_step : int
-        The last step that was added; after opening, that of the recording resumed, or 0.
+        The last step that was added; after opening, that of the recording resumed, or 0. Of
+        several ranks only the lead looks what is resumed.
     committed : int
         The last step that is committed; 0 if there is none.
+    attempt : int or None
+        The how many-th start of a recording of several ranks this is; None for one process.
 
     Raises
     ------
@@ -98,6 +98,7 @@ class Writer:
         metadata: Mapping[str, Any],
         matrices: Matrices,
         *,
+        shard: Shard | None = None,
         resume: bool = False,
         store: str = "float32",
         compress: bool = False,
@@ -107,8 +108,11 @@ class Writer:
     ) -> None:
         self.path = path
         self._parts = parts_of(path)
+        self._folder = self._parts
         self._run = to_json(metadata)
+        self._job = metadata.get("job")
         self._matrices = matrices
+        self._shard = shard
         self._resumed = resume
         self._store = store
         self._compress = compress
@@ -118,6 +122,8 @@ class Writer:
         self._token = uuid.uuid4().hex[:8]
         self._count = 0
         self.last_step = 0
+        self._era, self._newest = 0, 0
+        self._kept: dict[str, tuple[int, int]] = {}
         self._dropped_before = 0
         self._locked = False
         self._found: Manifest | None = None
@@ -125,8 +131,6 @@ class Writer:
         try:
             self._manifest = self._claim()
             self.committed = self.last_step
-            if resume and (self._manifest.segments or path.exists()):
-                self.event(self.last_step, "resumed", "recording resumed")
             # A first segment without steps: readers know the run and its matrices from the start.
             self._commit()
         except RunError:  # it is somebody else's: nothing of ours is there yet
@@ -139,6 +143,11 @@ class Writer:
                 f"{path}: cannot record there ({error.strerror or error}); "
                 "choose a folder that can be written"
             ) from None
+
+    @property
+    def attempt(self) -> int | None:
+        """The how many-th start of a recording of several ranks this is; None for one process."""
+        return self._shard.attempt if self._shard else None
 
     # -- records -----------------------------------------------------------------------------
 
@@ -162,14 +171,29 @@ class Writer:
         scalars : mapping of str to float
             Loss, learning rate and whatever else was logged.
         norms : mapping of str to ndarray of shape (Σm,)
-            Row norms of all matrices by stage; a stage left out is NaN in this step.
+            Row norms of all matrices by stage; a stage left out is NaN in this step. Of a rank:
+            of its own neurons, (shard.total(stage),).
         void : bool
             Whether the step moved nothing.
+
+        Raises
+        ------
+        ValueError
+            If there are more or fewer norms than neurons.
         """
-        self._steps.append((step, time, void))
+        rows = {stage: np.asarray(row, np.float32) for stage, row in norms.items()}
+        for stage, row in rows.items():
+            if row.shape != (self._width(stage),):
+                raise ValueError(
+                    f"{row.size} norms of stage {stage} for {self._width(stage)} neurons"
+                )
+        if self._newest and step <= self._newest:
+            self._era += 1
+        self._newest = step
+        self._steps.append((step, time, void, self._era))
         self.last_step = step
         self._scalars.append(dict(scalars))
-        self._norms.append({stage: np.asarray(row, np.float32) for stage, row in norms.items()})
+        self._norms.append(rows)
         self._bytes += 64 + sum(row.nbytes for row in self._norms[-1].values())
 
     def spectra(
@@ -181,8 +205,9 @@ class Writer:
         *,
         weight_norm: np.ndarray | None = None,
         decay: np.ndarray | None = None,
+        of: Sequence[int] | None = None,
     ) -> None:
-        """Add the singular values of all matrices at one step.
+        """Add the singular values of all matrices at one step, after the step itself.
 
         Parameters
         ----------
@@ -194,17 +219,26 @@ class Writer:
             Frobenius norms of the weights before the step.
         decay : ndarray of shape (M,), optional
             lr·wd of the step, taken out of the update where the decay is decoupled.
+        of : sequence of int, optional
+            Of a rank: the matrices that are given, all others being other ranks'. The arrays
+            have entries for these only, in this order.
         """
-        unknown = np.full(len(self._matrices), np.nan)
+        count = len(self._matrices) if of is None else len(of)
+        unknown = np.full(count, np.nan)
         record = {
-            "step": np.int64(step),
             "sigma": np.asarray(sigma, np.float64),
             "floor": np.asarray(floor, np.float64),
             "weight_norm": unknown if weight_norm is None else np.asarray(weight_norm, float),
             "decay": unknown if decay is None else np.asarray(decay, float),
         }
+        if self._shard:
+            record["matrix"] = np.arange(count) if of is None else np.asarray(of, np.int64)
+            record["step"] = np.full(count, step, np.int64)
+            record["era"] = np.full(count, self._era, np.int64)
+        else:
+            record["step"] = np.asarray(step, np.int64)
         for name, value in record.items():
-            self._append(f"spectra/{stage}/{name}", value)
+            self._append(f"{'samples' if self._shard else 'spectra'}/{stage}/{name}", value)
 
     def matrix(self, stage: str, index: int, step: int, values: np.ndarray) -> None:
         """Add one full matrix of shape (m, n): the `index`-th of the table at one step."""
@@ -218,6 +252,8 @@ class Writer:
             self._append(f"{path}_scale", np.float32(scale))
         self._append(path, stored)
         self._append(f"{path}_step", np.int64(step))
+        if self._shard:
+            self._append(f"{path}_era", np.int64(self._era_of(path, step)))
 
     def event(self, step: int, kind: str, text: str) -> None:
         """Add something that happened to the recording."""
@@ -247,7 +283,7 @@ class Writer:
             self._merge()
 
     def close(self, status: str = FINISHED, *, pack: bool = True) -> Closed:
-        """Commit, then pack the parts into the file at :attr:`path`.
+        """Commit, then pack the parts into the file at :attr:`path`; a rank's own stay as they are.
 
         Parameters
         ----------
@@ -259,14 +295,47 @@ class Writer:
         Returns
         -------
         Closed
+            A rank's bytes and steps are its own.
         """
+        self.commit()
         self._manifest.status = status
-        self._commit()
-        self._merge()
-        remark = self._pack(status) if pack else ""
+        # From now on somebody else may pack: the list of segments stays as it is.
+        self._manifest.save(self._folder)
+        remark = self._pack(status) if pack and not self._shard else ""
         self._unlock()
         steps = sum(entry.rows for entry in self._manifest.segments)
         return Closed(self.path, self._size(), steps, remark)
+
+    def merge(self, seconds: float) -> Closed:
+        """Pack what all ranks recorded; for the lead to call once it is closed.
+
+        Parameters
+        ----------
+        seconds : float
+            How long to wait for ranks that are still recording.
+
+        Returns
+        -------
+        Closed
+            Of the packed file; with a remark, and of this rank, if the parts are kept.
+        """
+        own = Closed(
+            self.path, self._size(), sum(entry.rows for entry in self._manifest.segments), ""
+        )
+        shard = self._shard
+        if shard is None:
+            raise RunError(f"{self.path}: not recorded by several ranks")
+        if reason := await_ranks(self.path, shard, seconds):
+            return own._replace(remark=f"{reason}; later: normuon-lens pack {self.path}")
+        if not lock(self._parts):
+            return own._replace(remark="kept in parts: another process is there just now")
+        try:
+            if remark := pack_in_place(self.path, compress=self._compress, apart=self._apart):
+                return own._replace(remark=remark)
+        finally:
+            (self._parts / LOCK).unlink(missing_ok=True)
+        with open_guarded(self.path) as file:
+            return Closed(self.path, self.path.stat().st_size, len(file["steps/step"]), "")
 
     def abandon(self, reason: str) -> None:
         """Stop recording after a failure; what is committed stays readable.
@@ -281,9 +350,9 @@ class Writer:
         self._manifest.status = f"stopped at step {self.committed}: {reason}{text if lost else ''}"
         # The disk that refused a segment may refuse this too; readers then see "interrupted".
         with suppress(OSError):
-            (self._parts / RESERVE).unlink(missing_ok=True)
-            self._manifest.save(self._parts)
-        if not (self._parts / NAME).exists():  # somebody removed the recording
+            (self._folder / RESERVE).unlink(missing_ok=True)
+            self._manifest.save(self._folder)
+        if not (self._folder / NAME).exists():  # somebody removed the recording
             self.committed = 0
         self._unlock()
 
@@ -291,10 +360,10 @@ class Writer:
         """Undo the opening: a new recording leaves nothing, a resumed one is as it was found."""
         with suppress(OSError):
             if self._found:
-                self._found.save(self._parts)
+                self._found.save(self._folder)
             elif self._locked:
-                (self._parts / NAME).unlink(missing_ok=True)
-            for mine in self._parts.glob(f"segment-{self._token}-*"):
+                (self._folder / NAME).unlink(missing_ok=True)
+            for mine in self._folder.glob(f"segment-{self._token}-*"):
                 mine.unlink()
         self._unlock()
 
@@ -302,88 +371,73 @@ class Writer:
 
     def _commit(self) -> None:
         segment = self._take()
-        steps = [step for step, _, _ in self._steps]
+        steps = [row[0] for row in self._steps]
         entry = self._add(self._image([segment]), segment.rows, steps, level=0)
         self._manifest.segments.append(entry)
-        self._manifest.save(self._parts)
+        self._manifest.save(self._folder)
         self.committed = entry.last if steps else self.committed
         self._clear()
 
     def _unlock(self) -> None:
         with suppress(OSError):
             if self._locked:
-                (self._parts / RESERVE).unlink(missing_ok=True)
-                (self._parts / "lock").unlink(missing_ok=True)
-            self._parts.rmdir()  # only if nothing was recorded
+                (self._folder / RESERVE).unlink(missing_ok=True)
+                (self._folder / LOCK).unlink(missing_ok=True)
+            self._folder.rmdir()  # only if nothing was recorded
+            self._parts.rmdir()
 
     def _claim(self) -> Manifest:
-        """Create or take over the folder of parts; never an existing recording by accident."""
-        parts, path = self._parts, self.path
-        path.parent.mkdir(parents=True, exist_ok=True)
-        if path.exists() and not self._resumed:
-            raise RunError(
-                f"{path}: exists already; choose another path, delete it, "
-                "or append with resume=True"
-            )
-        if parts.exists():
-            self._take_over()
-        self._found = manifest = Manifest.load(parts)
-        self._continue(manifest)
-        parts.mkdir(exist_ok=True)
-        self._lock()
-        _allocate(parts / RESERVE, RESERVE_BYTES)
+        """Create or take over the folder to write to; never an existing recording by accident."""
+        self.path.parent.mkdir(parents=True, exist_ok=True)
+        manifest = None
+        if self._shard is None or self._shard.attempt is None:
+            manifest = self._take_place()
+        if self._shard:
+            self._folder = self._parts / self._shard.folder
+            self._parts.mkdir(exist_ok=True)
+            try:
+                self._folder.mkdir()
+            except FileExistsError:
+                raise RunError(f"{self._folder}: another process records there") from None
+        if not lock(self._folder):
+            raise RunError(f"{self.path}: another process records there just now")
+        self._locked = True
+        if self._shard and owner_of(self._parts):
+            self.discard()
+            raise RunError(f"{self.path}: is being packed just now; try again")
+        _allocate(self._folder / RESERVE, RESERVE_BYTES)
         segments = list(manifest.segments) if manifest else []
         return Manifest(segments=segments, dropped=self._dropped_before)
 
-    def _take_over(self) -> None:
-        lock = self._parts / "lock"
-        owner = lock.read_text().split() if lock.exists() else []
-        here = os.uname().nodename
-        if len(owner) == 2 and (owner[0] != here or process_lives(int(owner[1]))):
-            raise RunError(
-                f"{self.path}: being recorded by process {owner[1]} on {owner[0]}; "
-                "choose another path"
-            )
-        if not self._resumed:
-            raise RunError(
-                f"{self._parts}: remains of an interrupted recording; choose another path, "
-                "delete it, or append with resume=True"
-            )
-        lock.unlink(missing_ok=True)
-        for leftover in self._parts.glob("*.tmp"):
-            leftover.unlink()
+    def _take_place(self) -> Manifest | None:
+        """Learn what is there and may be appended to; choose the attempt of several ranks."""
+        sharded = self._shard is not None
+        found = survey(self.path, self._matrices, self._job, resume=self._resumed, sharded=sharded)
+        self._resumed, self.last_step, self._found = found.resumed, found.last_step, found.manifest
+        attempt = self._job["restart"] if self._job else 0
+        if self._shard:
+            attempt = found.attempts
+            self._shard = dataclasses.replace(self._shard, attempt=attempt)
+        else:
+            self._dropped_before = found.dropped
+        if found.attempts or self.path.exists() or (found.manifest and found.manifest.segments):
+            text = f"restarted by torchrun: attempt {attempt}"
+            text = text if found.restarted else "recording resumed"
+            self.event(found.last_step, "resumed", text)
+        return found.manifest
 
-    def _lock(self) -> None:
-        try:
-            with (self._parts / "lock").open("x") as file:
-                self._locked = True
-                file.write(f"{os.uname().nodename} {os.getpid()}")
-        except FileExistsError:
-            raise RunError(f"{self.path}: another process records there just now") from None
+    def _width(self, stage: str) -> int:
+        return self._shard.total(stage) if self._shard else self._matrices.total_rows
 
-    def _continue(self, manifest: Manifest | None) -> None:
-        """Check that what is there is a recording of these matrices; learn how far it came."""
-        if self.path.exists():
-            with open_guarded(self.path) as file, damage(self.path):
-                self._check_matrices(file)
-                steps = file["steps/step"]
-                self.last_step = int(steps[-1]) if len(steps) else 0
-                self._dropped_before = int(file.attrs.get("dropped", 0))
-        if manifest is None:
-            return
-        self._dropped_before = manifest.dropped
-        recorded = [entry.last for entry in manifest.segments if entry.rows]
-        self.last_step = recorded[-1] if recorded else self.last_step
-        for path in [self._parts / entry.file for entry in manifest.segments[-1:]]:
-            with open_guarded(path) as file, damage(path):
-                self._check_matrices(file)
-
-    def _check_matrices(self, file: h5py.File) -> None:
-        if read_matrices(file) != self._matrices:
-            raise RunError(f"{self.path}: a recording of other matrices; choose another path")
+    def _era_of(self, path: str, step: int) -> int:
+        """Return how often the training has gone back at a matrix whose step may still come."""
+        era, last = self._kept.get(path, (0, 0))
+        gone_back = step < self._newest or (era == self._era and step <= last)
+        self._kept[path] = self._era + gone_back, step
+        return self._era + gone_back
 
     def _clear(self) -> None:
-        self._steps: list[tuple[int, float, bool]] = []
+        self._steps: list[tuple[int, float, bool, int]] = []
         self._scalars: list[dict[str, float]] = []
         self._norms: list[dict[str, np.ndarray]] = []
         self._lists: dict[str, list[Any]] = {}
@@ -397,25 +451,28 @@ class Writer:
 
     def _take(self) -> Segment:
         segment = Segment(events=self._events)
-        steps, times, voids = zip(*self._steps, strict=True) if self._steps else ((), (), ())
+        steps, times, voids, eras = zip(*self._steps, strict=True) if self._steps else [()] * 4
         segment.arrays["steps/step"] = np.array(steps, dtype=np.int64)
         segment.arrays["steps/time"] = np.array(times, dtype=np.float64)
         segment.arrays["steps/void"] = np.array(voids, dtype=np.uint8)
+        if self._shard:
+            segment.arrays["steps/era"] = np.array(eras, dtype=np.int64)
         for name in sorted({name for row in self._scalars for name in row}):
             segment.scalars[name] = np.array([row.get(name, np.nan) for row in self._scalars])
-        missing = np.full(self._matrices.total_rows, np.nan, dtype=np.float32)
         for stage in sorted({stage for row in self._norms for stage in row}):
+            missing = np.full(self._width(stage), np.nan, dtype=np.float32)
             rows = [row.get(stage, missing) for row in self._norms]
             segment.arrays[f"neurons/{stage}"] = np.stack(rows)
         for path, values in self._lists.items():
-            segment.arrays[path] = np.stack(values)
+            joined = np.concatenate if path.startswith("samples/") else np.stack
+            segment.arrays[path] = joined(values)
         return segment
 
     def _image(self, segments: Sequence[Segment]) -> bytes:
         """Build an HDF5 file in memory: HDF5 itself never touches the disk here."""
         name = f"{self._token}.h5"
         with h5py.File(name, "x", driver="core", backing_store=False, libver=LIBVER) as file:
-            write_segment(file, self._run, self._matrices, segments)
+            write_segment(file, self._run, self._matrices, segments, shard=self._shard)
             file.flush()
             image: bytes = file.id.get_file_image()
         return image
@@ -423,7 +480,7 @@ class Writer:
     def _add(self, image: bytes, rows: int, steps: Sequence[int], level: int) -> Entry:
         self._count += 1
         name = f"segment-{self._token}-{self._count:06d}.h5"
-        write_durably(self._parts / name, image)
+        write_durably(self._folder / name, image)
         first, last = (min(steps), max(steps)) if steps else (0, 0)
         return Entry(name, rows, first, last, len(image), level)
 
@@ -441,9 +498,9 @@ class Writer:
                 # Somebody damaged an old segment: its own loss, not that of what is yet to come.
                 return
             self._manifest.segments[-len(tail) :] = [merged]
-            self._manifest.save(self._parts)
+            self._manifest.save(self._folder)
             for entry in tail:
-                (self._parts / entry.file).unlink(missing_ok=True)
+                (self._folder / entry.file).unlink(missing_ok=True)
 
     def _mergeable(self) -> list[Entry]:
         """Return the newest segments of one level if they are to become one, else nothing."""
@@ -457,77 +514,18 @@ class Writer:
         return []
 
     def _open(self, entry: Entry) -> h5py.File:
-        return h5py.File(self._parts / entry.file, "r", locking=False)
+        return h5py.File(self._folder / entry.file, "r", locking=False)
 
     def _pack(self, status: str) -> str:
         """Make one file of the parts and remove them; return a remark if that was not possible."""
-        total = sum(entry.bytes for entry in self._manifest.segments)
-        total += self.path.stat().st_size if self.path.exists() else 0
-        free = shutil.disk_usage(self._parts).free
-        if total > PACK_LIMIT:
-            return f"kept in parts: {total >> 30} GiB, more than is packed into one file"
-        if total * 1.2 + COMMIT_BYTES > free:
-            return f"kept in parts: packing needs {total >> 20} MiB, {free >> 20} MiB are free"
         if self.path.exists() and not self._resumed:
             return f"kept in parts: somebody else created {self.path} meanwhile"
-        temporary = self._parts / "packed.tmp"
-        try:
-            temporary.unlink(missing_ok=True)
-            if self._apart:
-                _in_a_fork(lambda: self._write_packed(temporary, status))
-            else:
-                self._write_packed(temporary, status)
-            replace_durably(temporary, self.path)
-            # Killed right here, the same steps lie in both places; a reader takes each step once.
-            Manifest(status=status).save(self._parts)
-        except Exception as error:  # a damaged segment may raise anything; the parts are kept
-            with suppress(OSError):
-                temporary.unlink(missing_ok=True)
-            return f"kept in parts: {_reason(error)}"
-        shutil.rmtree(self._parts, ignore_errors=True)
-        return ""
-
-    def _write_packed(self, temporary: Path, status: str) -> None:
-        with ExitStack() as stack:
-            files = [stack.enter_context(open_guarded(self.path))] if self.path.exists() else []
-            files += [stack.enter_context(self._open(entry)) for entry in self._manifest.segments]
-            segments = [read_segment(file) for file in files]
-            packed = stack.enter_context(h5py.File(temporary, "x", libver=LIBVER))
-            write_segment(
-                packed, self._run, self._matrices, segments, packed=True, compress=self._compress
-            )
-            packed.attrs["status"] = np.bytes_(status.encode())
-            packed.attrs["dropped"] = self._manifest.dropped
-            packed.flush()
+        return pack_in_place(self.path, status, compress=self._compress, apart=self._apart)
 
     def _size(self) -> int:
-        if self._parts.exists():
-            return sum(file.stat().st_size for file in self._parts.glob("*.h5"))
+        if self._folder.exists():
+            return sum(entry.bytes for entry in self._manifest.segments)
         return self.path.stat().st_size
-
-
-def _in_a_fork(work: Callable[[], None]) -> None:
-    """Do `work` in a forked process; RunError with the reason when it fails or crashes."""
-    of, to = os.pipe()
-    child = os.fork()
-    if child == 0:
-        try:
-            work()
-            os._exit(0)
-        except Exception as error:
-            os.write(to, _reason(error).encode())
-        finally:
-            os._exit(1)
-    os.close(to)
-    with open(of, encoding="utf-8") as pipe:
-        reason = pipe.read()
-    code = os.waitstatus_to_exitcode(os.waitpid(child, 0)[1])
-    if code:
-        raise RunError(f"the packed file could not be written ({reason or f'exit code {code}'})")
-
-
-def _reason(error: Exception) -> str:
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _allocate(path: Path, size: int) -> None:
