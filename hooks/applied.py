@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import time
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import torch
 
@@ -95,7 +95,7 @@ class Difference(Tap):
         due = [
             (buffer, matrix_view(item.parameter))
             for buffer, item, due in zip(self._buffers, self._watched, self._due, strict=True)
-            if due
+            if due and len(buffer)  # of a sharded weight there may be no row here
         ]
         return bool(due) and not any(bool((buffer == weight).all()) for buffer, weight in due)
 
@@ -250,7 +250,8 @@ class HandedOver(Tap):
             if item.index not in self._seen:  # it had no gradient
                 weight = matrix_view(item.parameter)
                 norm = float(_norm(weight)) if look.sampled else math.nan
-                self._take(item, "update", torch.zeros_like(weight), decay=0.0, weight_norm=norm)
+                still = weight.new_zeros(item.stored)
+                self._take(item, "update", still, decay=0.0, weight_norm=norm)
 
     def _observe(self, parameter: torch.nn.Parameter, stage: str, matrix: torch.Tensor) -> None:
         if self._others is not None:
@@ -271,6 +272,36 @@ class HandedOver(Tap):
         except Exception as error:
             self._error = error
         self.seconds += time.perf_counter() - began
+
+
+class Weights(Tap):
+    """The norms of this rank's rows of weights whose update only its owner sees.
+
+    Parameters
+    ----------
+    optimizer : torch.optim.Optimizer
+    watched : sequence of Watched
+    take : Take
+        Not called.
+    weigh : callable(Watched, float)
+        Takes ‖W‖_F of the rows here, before the step.
+    """
+
+    def __init__(
+        self,
+        optimizer: torch.optim.Optimizer,
+        watched: Sequence[Watched],
+        take: Take,
+        weigh: Callable[[Watched, float], None],
+    ) -> None:
+        super().__init__(optimizer, watched, take)
+        self._weigh = weigh
+
+    def before(self, look: Look) -> None:
+        """Weigh them."""
+        norms = _norms([matrix_view(item.parameter) for item in self._watched], look)
+        for item, norm in zip(self._watched, norms, strict=True):
+            self._weigh(item, norm)
 
 
 def _decays(optimizer: torch.optim.Optimizer, watched: Sequence[Watched]) -> list[float]:

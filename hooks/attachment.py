@@ -18,6 +18,7 @@ from normuon_lens.errors import AttachError
 
 from .applied import is_exact
 from .budget import Budget
+from .portions import shared_by
 from .recorder import Recorder
 from .schedule import Schedule
 from .selection import Watched, leaf_optimizers, select
@@ -104,19 +105,24 @@ def attach(
     -------
     Recorder
         Also a context manager. Without ``with``, close it, or leave that to the interpreter's
-        exit. Under data parallelism rank 0 records; the other ranks' recorders do nothing.
+        exit. Where weights are sharded (FSDP2, HSDP), or our optimizers share the work, every rank
+        calls `attach` with the same arguments, and records its part of the one recording at the
+        first rank's `path`. Under plain data parallelism rank 0 records, and the other ranks'
+        recorders do nothing.
 
     Raises
     ------
     AttachError
         If there is no matrix to record, the patterns match none, a number makes no sense, the
-        weights are sharded, or the recording cannot be made at `path`.
+        weights are sharded otherwise than by rows, or the recording cannot be made at `path`. Where
+        several ranks record together, on all of them, also if their arguments differ.
 
     Notes
     -----
     It takes the memory of at most one more copy of the recorded weights, beside them (none under
     our own optimizers), and shared memory for four samples (8 MB to 512 MB, or
-    one sample of the largest matrix).
+    one sample of the largest matrix). On sampled steps, a rank that holds rows of sharded weights
+    has them twice more in main memory, in float32, until they have been exchanged.
     """
     optimizers = _leaves(optimizer)
     for choice, given, known in (
@@ -132,6 +138,12 @@ def attach(
     limit = None if budget is None else Budget(budget, schedule)
     rules = shadow_rules(shadow)
     matrices, watched = select(model, optimizers, include, exclude)
+    ranks = shared_by(watched, matrices.names, optimizers)
+    if ranks and rules:
+        raise AttachError(
+            "a shadow needs whole gradients at every step, but these are spread over "
+            f"{len(ranks)} ranks; leave out shadow="
+        )
     metadata = _describe(model, optimizers, watched, schedule, name, notes)
     return Recorder(
         Path(path),
@@ -140,6 +152,7 @@ def attach(
         watched,
         schedule,
         metadata,
+        ranks=ranks,
         stages=stages,
         shadow=rules,
         budget=limit,
@@ -193,6 +206,7 @@ def _describe(
         "parameters": sum(parameter.numel() for parameter in model.parameters()),
         "seed": torch.initial_seed(),
         "world_size": int(os.environ.get("WORLD_SIZE", "1")),
+        "job": _job(),
         "schedule": {
             "every": schedule.every,
             "norms_every": schedule.norms_every,
@@ -206,6 +220,14 @@ def _describe(
         },
         "created": time.time(),
     }
+
+
+def _job() -> dict[str, Any] | None:
+    """Name the job that torchrun may restart: its next attempt goes on with this recording."""
+    job = os.environ.get("TORCHELASTIC_RUN_ID")
+    if job is None:
+        return None
+    return {"id": job, "restart": int(os.environ.get("TORCHELASTIC_RESTART_COUNT", "0"))}
 
 
 def _plain(group: dict[str, Any]) -> dict[str, Any]:

@@ -53,9 +53,11 @@ class AutomaticRecorder:
         Where the first recording shall lie; further ones are `numbered`.
     options : mapping
         Further arguments of :func:`normuon_lens.hooks.attach`.
+    mute : bool
+        Whether another rank speaks for this one.
     """
 
-    def __init__(self, path: Path, options: Mapping[str, Any]) -> None:
+    def __init__(self, path: Path, options: Mapping[str, Any], *, mute: bool = False) -> None:
         # The script may change the working directory.
         self._path, self._options = path.absolute(), dict(options)
         self._open: list[_Open] = []
@@ -64,6 +66,7 @@ class AutomaticRecorder:
         self._lock = threading.RLock()
         self._process = os.getpid()
         self._said: set[str] = set()
+        self._mute = mute
         self._why_not = "the script did not import torch"
         self._untraced: Callable[[torch.optim.Optimizer], None] | None = None
         self._stop: Callable[[], None] = lambda: None
@@ -188,7 +191,7 @@ class AutomaticRecorder:
         self._say(f"not recorded, training goes on: {self._why_not}")
 
     def _say(self, text: str) -> None:
-        if text not in self._said:
+        if text not in self._said and not self._mute:
             self._said.add(text)
             # Nobody may be there to read it: the terminal is gone, the pipe closed.
             with suppress(OSError, ValueError):

@@ -102,18 +102,17 @@ def run(
     second model's is RUN-2.h5. Options stand before SCRIPT.
 
     Processes that SCRIPT starts are not recorded: with torchrun or accelerate launch, this command
-    stands inside. Rank 0 records.
+    stands inside. Sharded weights (FSDP2) are then recorded by all ranks, others by rank 0.
     """
     check_script(script, module=module)
     rules = _rules(shadow)
-    if _is_other_rank():
-        run_as_main(script, arguments, lambda _: None, module=module)
-        return
     path = output or _default(script, module, options["resume"])
-    _check_output(path, rules, options["resume"])
-    recorder = AutomaticRecorder(
-        path, {**options, "include": include or None, "exclude": exclude or None, "shadow": rules}
-    )
+    # Of several ranks the first says where the recording is, and what becomes of it.
+    is_first = not _is_other_rank()
+    if is_first:
+        _check_output(path, rules, options["resume"])
+    options |= {"include": include or None, "exclude": exclude or None, "shadow": rules}
+    recorder = AutomaticRecorder(path, options, mute=not is_first)
     recorder.start()
     run_as_main(script, arguments, recorder.finish, module=module)
 
@@ -129,7 +128,7 @@ def _rules(shadow: tuple[str, ...]) -> tuple[str, ...]:
 
 
 def _is_other_rank() -> bool:
-    """Whether this is one of several processes of a training, and not the one that records."""
+    """Whether this is one of several processes of a training, and not the first."""
     several = int(os.environ.get("WORLD_SIZE", "1")) > 1
     return several and int(os.environ.get("RANK", "0")) > 0
 

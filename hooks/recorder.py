@@ -8,6 +8,7 @@ time or fail is the helper process's business.
 from __future__ import annotations
 
 import atexit
+import hashlib
 import itertools
 import math
 import os
@@ -28,17 +29,20 @@ import torch
 
 from normuon_lens.errors import AttachError
 from normuon_lens.runfile import Matrices
-from normuon_lens.runfile.schema import parts_of
+from normuon_lens.runfile.schema import Shard, parts_of
 
-from .applied import update_tap
+from .applied import Weights, update_tap
 from .budget import Budget
+from .company import NobodyCame
+from .exchange import ExchangeLost
 from .feed import START_SECONDS, Feed, FeedLost, FeedSilent
 from .nesting import Nesting
 from .schedule import Schedule
 from .selection import Watched
 from .shadow import Shadow, describe_shadow, shadow_path
+from .share import Share, join
 from .stages import TorchMuonStages
-from .steps import found_inf, is_capturing, is_phantom, steps_taken
+from .steps import found_inf, gradients_vanish, is_capturing, may_be_phantom, steps_taken
 from .tap import Gradients, Look, Tap
 from .track import Track
 from .uninterrupted import uninterrupted
@@ -77,6 +81,7 @@ class Recorder:
         schedule: Schedule,
         metadata: dict[str, Any],
         *,
+        ranks: list[int],
         stages: bool,
         shadow: dict[str, dict[str, Any]],
         budget: Budget | None,
@@ -93,6 +98,7 @@ class Recorder:
         self._optimizers = list(optimizers)
         self._watched = [[w for w in watched if w.optimizer == i] for i in range(len(optimizers))]
         self._schedule, self._budget = schedule, budget
+        self._wanted = schedule
         self._on_error, self._quiet = on_error, quiet
         self._process = os.getpid()
         self._feed: Feed | None = None
@@ -101,7 +107,11 @@ class Recorder:
         self._handles: list[Any] = []
         self._closed: list[dict[str, Any]] = []
         self._failure = ""
+        self._lost = 0
+        self._share: Share | None = None
+        self._met = self._mourning = False
         self._in_hook = False
+        self._start = 0
         self._started = self._ended = self._counted = 0.0
         self._counted_seconds = 0.0
         self._clock = time.time() - time.perf_counter()
@@ -112,25 +122,53 @@ class Recorder:
         self._nesting = [Nesting() for _ in optimizers]
         self._scalars: dict[str, Any] = {}
         self._at_exit = partial(_close_at_exit, weakref.ref(self), getattr(sys, "last_value", None))
-        if (rank := _rank()) > 0:
+        if not ranks and (rank := _rank()) > 0:
             self._failure = f"rank {rank} does not record: rank 0 does"
             return
 
         describing = [metadata, *(describe_shadow(metadata, *item) for item in shadow.items())]
-        streams = (1 + 3 * stages) * len(self._paths)
-        self._feed, last_steps = self._open(matrices, describing, options, streams)
+        sizes = [x.m * x.n * (8 if x.dtype == "float64" else 4) for x in matrices]
+        memory = _memory(sizes, (1 + 3 * stages) * len(self._paths), max(1, len(ranks)))
+
+        def open_part(shard: Shard | None = None, path: str | None = None) -> dict[str, Any]:
+            self._paths = [Path(path), *self._paths[1:]] if path else self._paths
+            self.path = self._paths[0]
+            self._feed, opened = self._open(matrices, describing, options, memory, shard)
+            return opened[0] | {"path": str(self.path.absolute())}
+
+        if ranks:
+            facts = _facts(matrices, schedule, budget, step, stages=stages, **options)
+            try:
+                self._share, opened = join(ranks, facts, matrices, watched, optimizers, open_part)
+            except NobodyCame as error:
+                self._give_up()
+                if on_error == "raise":
+                    raise AttachError(str(error)) from None
+                self._failure = f"nothing is recorded at {path}: {error}"
+                self._warn(self._failure)
+                return
+            except BaseException:
+                self._give_up()
+                raise
+        else:
+            opened = open_part()
+        assert self._feed is not None
+        self._quiet = quiet or not self._leads
         self._tracks = [
-            Track(self._feed, run, matrices, wait=wait) for run in range(len(self._paths))
+            Track(self._feed, run, matrices, wait=wait, share=self._share)
+            for run in range(len(self._paths))
         ]
-        self._abandoned = weakref.finalize(self, _let_go, self._feed, self._tracks)
+        self._abandoned: Any = weakref.finalize(
+            self, _let_go, self._feed, self._tracks, self._share
+        )
         self._abandoned.atexit = False
         self._taps = [
             self._taps_of(i, stages, shadow) if mine else [] for i, mine in enumerate(self._watched)
         ]
         if step is None:
-            step = steps_taken(optimizers) or last_steps[0]
+            step = steps_taken(optimizers) or opened["last_step"]
         self.steps = self._start = step
-        self._schedule = replace(schedule, first=step + 1)
+        self._schedule = self._wanted = replace(schedule, first=step + 1)
         RECORDED.update(optimizers)
         for i, optimizer in enumerate(optimizers):
             if self._watched[i]:
@@ -140,7 +178,8 @@ class Recorder:
                     optimizer.register_load_state_dict_post_hook(self._guarded(self._loaded)),
                 ]
         atexit.register(self._at_exit)
-        self._say(f"recording {_name_some(matrices)} to {path}")
+        together = f", {len(ranks)} ranks together" if ranks else ""
+        self._say(f"recording {_name_some(matrices)} to {path}{together}")
 
     # -- face --------------------------------------------------------------------------------
 
@@ -153,7 +192,8 @@ class Recorder:
             Before the first step they are kept for it. A tensor is copied now and read when the
             next step begins, so a GPU is not waited for.
         """
-        self._guarded(self._note)(scalars)
+        if self.active:
+            self._guarded(self._note)(scalars)
 
     def flush(self) -> None:
         """Write everything up to the last step to disk; what is logged later belongs to the next.
@@ -172,9 +212,14 @@ class Recorder:
         return self._feed is not None and os.getpid() == self._process
 
     @property
+    def _leads(self) -> bool:
+        """Whether this process speaks for all that record together."""
+        return self._share is None or self._share.company.leads
+
+    @property
     def dropped(self) -> int:
         """Samples that there was no room for, those of shadows included."""
-        return sum(track.dropped for track in self._tracks)
+        return self._lost + sum(track.dropped for track in self._tracks)
 
     @property
     def overhead(self) -> float:
@@ -206,8 +251,9 @@ class Recorder:
         remarks = dict.fromkeys(c["remark"] for c in self._closed if c["remark"])
         remark = f" ({'; '.join(remarks)})" if remarks else ""
         paths = " ".join(shlex.quote(str(path)) for path in self._paths)
+        together = f", {len(self._share.shard.ranks)} ranks" if self._share else ""
         return (
-            f"{self.path}{shadows}: {size:.1f} MB, {self._closed[0]['steps']} steps"
+            f"{self.path}{shadows}: {size:.1f} MB, {self._closed[0]['steps']} steps{together}"
             f"{self._cost}{lost}{remark}\n"
             f"  look at it:  normuon-lens dashboard {paths}"
         )
@@ -229,16 +275,33 @@ class Recorder:
     # -- hooks -------------------------------------------------------------------------------
 
     def _before(self, i: int, closure: bool) -> None:
+        if self._nesting[i].enter():
+            self._at_any_rate(self._approach, i, closure)
+
+    def _after(self, i: int, closure: bool) -> None:
+        if self._nesting[i].leave() and i in self._looks:
+            self._at_any_rate(self._look, i)
+
+    def _at_any_rate(self, body: Callable[..., None], *given: Any) -> None:
+        """Do what a hook has to; if it fails, once more, for the ranks that wait for this one."""
+        try:
+            body(*given)
+        except Exception as error:
+            self._fail(error)
+            if self._mourning:
+                body(*given)
+            raise
+
+    def _approach(self, i: int, closure: bool) -> None:
         optimizer = self._optimizers[i]
-        if not self._nesting[i].enter():
-            return
         self._settle()
         if i in self._stepped:
+            self._meet()  # now that an optimizer goes on without the others
             self._end_step()
-        if is_phantom(optimizer) or is_capturing():
+        if self._is_phantom(optimizer) or is_capturing():
             return
         if not self._stepped:
-            self._begin_step()
+            self._begin_step(i)
         self._begun.add(i)
         group = optimizer.param_groups[self._watched[i][0].group]
         self._rates[i] = float(group.get("lr", math.nan))
@@ -252,9 +315,11 @@ class Recorder:
             if recorded or tap.every_step:
                 tap.before(look)
 
-    def _after(self, i: int, closure: bool) -> None:
-        if self._nesting[i].leave() and i in self._looks:
-            self._look(i)
+    def _is_phantom(self, optimizer: torch.optim.Optimizer) -> bool:
+        if not may_be_phantom(optimizer):
+            return False
+        vanish = gradients_vanish(optimizer)
+        return self._share.is_phantom(vanish) if self._share else vanish
 
     def _settle(self) -> None:
         """Look at steps that were taken, but whose hook a Ctrl-C kept from looking."""
@@ -262,13 +327,8 @@ class Recorder:
             if self._looks[i].recorded and any(tap.moved() for tap in self._taps[i]):
                 self._look(i)
 
-    def _hand_over_rest(self) -> None:
-        self._settle()
-        if self._stepped:
-            self._end_step()
-
     def _look(self, i: int) -> None:
-        look = self._looks.pop(i)
+        look = self._looks[i]
         self._stepped.add(i)
         for tap in self._taps[i]:
             if look.recorded or tap.every_step:
@@ -276,10 +336,13 @@ class Recorder:
                 self.seconds, tap.seconds = self.seconds + tap.seconds, 0.0
         for track in self._tracks:
             track.collect()
+        del self._looks[i]
+        self._meet_if_complete()
 
-    def _begin_step(self) -> None:
+    def _begin_step(self, i: int) -> None:
         # A step that ended in an exception (Ctrl-C, out of memory) is taken once more.
         if not self._begun:
+            self._begun.add(i)
             self.steps += 1
             self._started = self._started or time.perf_counter()
             self._counted = self._counted or self._started
@@ -295,6 +358,28 @@ class Recorder:
         if self.steps == self._schedule.first:
             self._schedule = replace(self._schedule, first=self.steps + 1)
         self._stepped.add(i)
+        self._meet_if_complete()
+
+    def _meet_if_complete(self) -> None:
+        if len(self._stepped) == sum(map(bool, self._watched)):
+            self._meet()
+
+    @property
+    def _due(self) -> bool:
+        """Whether the other ranks count on this one to come by at the step at hand."""
+        return self._share is not None and not self._met and self._schedule.sample(self.steps)
+
+    def _meet(self) -> None:
+        """Let the rows of a sampled step set out.
+
+        All ranks come by at every sampled step, whatever became of it here, lest the others wait.
+        """
+        if self._share and self._due:
+            self._met = True
+            agreed = self._share.meet(self.steps, self._wanted, failed=self._mourning)
+            self._wanted = agreed
+            if agreed != self._schedule:
+                self._adapt(agreed)
 
     def _end_step(self) -> None:
         """Hand over the rows of the step just taken; its matrices went before."""
@@ -302,10 +387,14 @@ class Recorder:
         # The first optimizer's, as it was used: a scheduler has changed it by now.
         lr = {"lr": self._rates[min(self._rates)]}
         logged = {name: float(value) for name, value in self._scalars.items()}
+        if self._share and not self._mourning:
+            for found in self._share.receive():
+                self._tracks[0].take_together(found)
         for track in self._tracks:
             # The loss is that of the real path, so no shadow may claim it.
             track.end(self.steps, when, lr if track.run else lr | logged)
         self._scalars = {}
+        self._met = False
         self._begun.clear()
         self._stepped.clear()
         self._looks.clear()
@@ -316,20 +405,28 @@ class Recorder:
         seconds, elapsed = self.seconds - self._counted_seconds, self._ended - self._counted
         self._counted_seconds, self._counted = self.seconds, self._ended
         budget.spent(self._schedule.kind(self.steps), seconds, elapsed)
-        now = self._schedule
-        then = budget.affordable(now)
-        if then != now:
-            self._schedule = then
-            text = (
-                f"from here on norms every {then.norms_every}, spectra every {then.every}, "
-                f"matrices every {then.matrices_every}, to keep recording within "
-                f"{budget.share:.1%} of the training's time"
-            )
+        then = budget.affordable(self._schedule)
+        if self._share:
+            self._wanted = then  # until all ranks have agreed
+        elif then != self._schedule:
+            self._adapt(then)
+
+    def _adapt(self, then: Schedule) -> None:
+        """Go on with another schedule."""
+        self._schedule = then
+        share = self._budget.share if self._budget else math.nan
+        text = (
+            f"from here on norms every {then.norms_every}, spectra every {then.every}, "
+            f"matrices every {then.matrices_every}, to keep recording within "
+            f"{share:.1%} of the training's time"
+        )
+        if self._leads:
             self._tracks[0].event(self.steps, "schedule", text)
 
     def _loaded(self, *_: Any) -> None:
         """Count on from the step of a checkpoint that was loaded, if its state says."""
         if self._stepped:
+            self._meet()
             self._end_step()
         self.steps = steps_taken(self._optimizers) or self.steps
 
@@ -342,20 +439,28 @@ class Recorder:
 
     def _flush(self) -> None:
         assert self._feed is not None
-        self._hand_over_rest()
+        self._settle()
+        # Not every rank need call this: a step at which they have yet to meet goes on.
+        if self._stepped and not self._due:
+            self._end_step()
         self._feed.ask("flush", {"ticket": self.steps}, "flushed", CLOSE_SECONDS)
 
     # -- life --------------------------------------------------------------------------------
 
     def _taps_of(self, i: int, stages: bool, shadow: dict[str, dict[str, Any]]) -> list[Tap]:
-        optimizer, watched, take = self._optimizers[i], self._watched[i], self._tracks[0].take
-        taps: list[Tap] = [Gradients(optimizer, watched, take)] if stages else []
-        taps.append(update_tap(optimizer, watched, take, stages=stages))
+        optimizer, watched, track = self._optimizers[i], self._watched[i], self._tracks[0]
+        taps: list[Tap] = [Gradients(optimizer, watched, track.take)] if stages else []
+        if self._share:
+            handed, own = self._share.shown(watched)
+            if handed:  # what ours split among the ranks, each of them shows of its own
+                taps.append(Weights(optimizer, handed, track.take, track.weigh))
+                watched = own
+        taps.append(update_tap(optimizer, watched, track.take, stages=stages))
         if stages and isinstance(optimizer, torch.optim.Muon):
-            taps.append(TorchMuonStages(optimizer, watched, take))
-        for track, (rule, hyper) in zip(self._tracks[1:], shadow.items(), strict=True):
+            taps.append(TorchMuonStages(optimizer, watched, track.take))
+        for beside, (rule, hyper) in zip(self._tracks[1:], shadow.items(), strict=True):
             taps.append(
-                Shadow(optimizer, watched, track.take, rule=rule, hyper=hyper, stages=stages)
+                Shadow(optimizer, watched, beside.take, rule=rule, hyper=hyper, stages=stages)
             )
         return taps
 
@@ -364,27 +469,26 @@ class Recorder:
         matrices: Matrices,
         describing: list[dict[str, Any]],
         options: dict[str, Any],
-        streams: int,
-    ) -> tuple[Feed, list[int]]:
-        sizes = [x.m * x.n * (8 if x.dtype == "float64" else 4) for x in matrices]
-        least, most = RING_BYTES
-        largest = max(sizes) + (1 << 20)
-        wanted = min(most, max(least, SAMPLES_IN_FLIGHT * streams * sum(sizes)))
+        memory: int,
+        shard: Shard | None,
+    ) -> tuple[Feed, list[dict[str, Any]]]:
+        part = {"shard": shard.to_json()} if shard else {}
         recordings = [
             {
                 "path": str(path.absolute()),
                 "metadata": metadata,
                 "matrices": [vars(matrix) for matrix in matrices],
                 "options": options,
+                **part,
             }
             for path, metadata in zip(self._paths, describing, strict=True)
         ]
         try:
-            feed = Feed(max(largest, wanted))
+            feed = Feed(memory)
         except FeedLost as error:
             raise AttachError(str(error)) from None
         try:
-            opened: list[int] = feed.ask(
+            opened: list[dict[str, Any]] = feed.ask(
                 "open", {"recordings": recordings}, "opened", START_SECONDS
             )
             return feed, opened
@@ -395,9 +499,16 @@ class Recorder:
             feed.close(LEAVE_SECONDS)
             raise
 
+    def _give_up(self) -> None:
+        """Let go of a recording that was opened, but is not to begin: nothing of it stays."""
+        feed, self._feed = self._feed, None
+        if feed is not None:
+            feed.close(LEAVE_SECONDS)
+
     def _close(self, status: str) -> None:
         if not self.active:
-            self._unhook()
+            self._mourning = False
+            self._detach()
             return
         try:
             self._guarded(self._finish)(status)
@@ -407,20 +518,28 @@ class Recorder:
 
     def _finish(self, status: str) -> None:
         assert self._feed is not None
-        self._hand_over_rest()
+        self._settle()
+        if self._stepped:
+            self._end_step()
+        # What all ranks finished, the first makes one file of.
+        merge = {"merge": True} if self._share and self._leads and status == "finished" else {}
         self._closed = self._feed.ask(
-            "close", _farewell(self._tracks, status), "closed", CLOSE_SECONDS
+            "close", _farewell(self._tracks, status) | merge, "closed", CLOSE_SECONDS
         )
 
     def _detach(self, seconds: float = 5.0) -> None:
         for tap in itertools.chain.from_iterable(self._taps):
             tap.release()
-        self._taps.clear()
-        self._unhook()
+        self._taps = [[] for _ in self._optimizers]
+        self._lost, self._tracks = self.dropped, []
+        if not self._mourning:
+            self._unhook()
         feed, self._feed = self._feed, None
         if feed is not None:
             self._abandoned.detach()
             feed.close(seconds)
+        if self._share and not self._mourning:
+            self._share.part()
         atexit.unregister(self._at_exit)
 
     def _unhook(self) -> None:
@@ -435,12 +554,14 @@ class Recorder:
 
         def guarded(*given: Any) -> None:
             # A forked child inherits the hooks, but the recording is its parent's.
-            if not self.active:
+            if not self.active and not (self._mourning and os.getpid() == self._process):
                 return
             try:
                 body(*given)
             except Exception as error:
                 self._fail(error)
+                if self._on_error == "raise":
+                    raise
 
         return guarded
 
@@ -466,17 +587,25 @@ class Recorder:
         return untraced
 
     def _fail(self, error: Exception) -> None:
+        if self._mourning and isinstance(error, ExchangeLost):  # the others know, none waits
+            self._mourning = False
+            self._detach()
+        if self._feed is None:
+            return
         reason = str(error) or type(error).__name__
         self._failure = f"recording of {self.path} stopped at step {self.steps}: {reason}"
-        assert self._feed is not None
         kept, where = self._feed.answers.get("committed", 0), parts_of(self.path)
         if not isinstance(error, FeedLost):
             # The helper is well: it finishes what it was handed, all but the step at hand.
-            kept, where = self.steps - 1, self.path
+            kept = self.steps - 1
+            where = parts_of(self.path) if self._share else self.path
             _leave(self._feed, self._tracks, f"stopped at step {self.steps}: {reason}")
+        if self._share and not isinstance(error, ExchangeLost):
+            self._share.company.explain(reason)
+            self._mourning = True
         self._detach(LEAVE_SECONDS)
-        if self._on_error == "raise":
-            raise error
+        if self._on_error == "raise" or (isinstance(error, ExchangeLost) and not self._leads):
+            return  # raising says it, or the first rank for all
         lost = self.steps - max(kept, self._start)
         said = f"Steps up to {kept} are kept in {where}" if kept > 0 else "Nothing is kept"
         hope = ", unless it goes on and finishes" if isinstance(error, FeedSilent) else ""
@@ -496,10 +625,49 @@ class Recorder:
             _print(text)
 
 
-def _let_go(feed: Feed, tracks: list[Track]) -> None:
+def _let_go(feed: Feed, tracks: list[Track], share: Share | None) -> None:
     """Finish what a recorder handed over that is gone, as is its training: all but a last row."""
+    if share:
+        share.part()
     _leave(feed, tracks, "finished")
     feed.close(LEAVE_SECONDS)
+
+
+def _memory(sizes: Sequence[int], streams: int, ranks: int) -> int:
+    """Bytes to reserve for samples on their way to the helper process.
+
+    Parameters
+    ----------
+    sizes : sequence of int
+        Bytes of each matrix.
+    streams : int
+        Matrices taken of each, in one sample.
+    ranks : int
+        That share them.
+    """
+    least, most = RING_BYTES
+    wanted = min(most, max(least, SAMPLES_IN_FLIGHT * streams * sum(sizes) // ranks))
+    return max(max(sizes) + (1 << 20), wanted)
+
+
+def _facts(
+    matrices: Matrices,
+    schedule: Schedule,
+    budget: Budget | None,
+    step: int | None,
+    **options: Any,
+) -> dict[str, str]:
+    """Say what all ranks of one recording must have in common."""
+    table = repr([vars(matrix) for matrix in matrices]).encode()
+    digest = hashlib.blake2b(table, digest_size=4).hexdigest()
+    said = {
+        "the model": f"{len(matrices)} matrices ({digest})",
+        **{name: value for name, value in vars(schedule).items() if name != "first"},
+        "budget": budget.share if budget else None,
+        "step": step,
+        **options,
+    }
+    return {name: str(value) for name, value in said.items()}
 
 
 def _leave(feed: Feed, tracks: list[Track], status: str) -> None:

@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import difflib
+import math
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
 from fnmatch import fnmatchcase
@@ -11,6 +12,7 @@ import torch
 
 from normuon_lens.errors import AttachError
 from normuon_lens.optim.groups import is_matrix
+from normuon_lens.optim.sharded import local
 from normuon_lens.runfile import Matrices, Matrix
 
 WRAPPED_AS = ("module", "_orig_mod")
@@ -43,11 +45,36 @@ class Watched:
     group: int
     inputs_first: bool = False
 
-    def by_neurons(self, matrix: torch.Tensor) -> torch.Tensor:
-        """Return a matrix that is laid out as the parameter with one row a neuron, (m, n)."""
+    @property
+    def stored(self) -> tuple[int, int]:
+        """Rows and width of the whole parameter, as it is stored."""
+        rows, *rest = self.parameter.shape
+        return rows, math.prod(rest)
+
+    @property
+    def shape(self) -> tuple[int, int]:
+        """Neurons and inputs of the whole matrix, (m, n)."""
         if not self.inputs_first:
-            return matrix
-        return matrix.reshape(self.parameter.shape).transpose(0, 1).flatten(1)
+            return self.stored
+        m = self.parameter.shape[1]
+        return m, self.parameter.numel() // m
+
+    def by_neurons(self, rows: torch.Tensor) -> torch.Tensor:
+        """Return rows of the parameter, as they are stored, with one row a neuron.
+
+        Parameters
+        ----------
+        rows : Tensor of shape (rows, width)
+            All of them, or those that this rank holds.
+
+        Returns
+        -------
+        Tensor
+            The same, unless inputs come first: then (m, ...), of these inputs.
+        """
+        if not self.inputs_first:
+            return rows
+        return rows.reshape(len(rows), *self.parameter.shape[1:]).transpose(0, 1).flatten(1)
 
 
 def leaf_optimizers(optimizer: torch.optim.Optimizer) -> list[torch.optim.Optimizer]:
@@ -117,8 +144,7 @@ def select(
     Raises
     ------
     AttachError
-        If the optimizers train no matrix of the model, the patterns leave none, or a parameter
-        is sharded over several processes.
+        If the optimizers train no matrix of the model, or the patterns leave none.
     """
     model = unwrapped(model)
     owners: dict[int, tuple[int, int, int]] = {}
@@ -129,13 +155,6 @@ def select(
                 owners[id(parameter)] = i, j, group_count + j
         group_count += len(optimizer.param_groups)
     named = [(n, p) for n, p in model.named_parameters() if id(p) in owners]
-    for name, parameter in named:
-        # Not even looked at: an operation on a DTensor may wait for other ranks.
-        if hasattr(parameter, "device_mesh"):
-            raise AttachError(
-                f"{name} is sharded over several processes (DTensor), which cannot be recorded "
-                "yet; record a training on one device or under plain data parallelism"
-            )
     candidates = [(_display_name(n), p) for n, p in named if _is_recordable(p)]
     if not candidates:
         kinds = ", ".join(type(optimizer).__name__ for optimizer in optimizers)
@@ -161,9 +180,8 @@ def select(
     for index, (name, parameter) in enumerate(chosen):
         i, j, number = owners[id(parameter)]
         item = Watched(parameter, index, i, j, id(parameter) in inputs_first)
-        m, n = item.by_neurons(matrix_view(parameter)).shape
         dtype = str(parameter.dtype).removeprefix("torch.")
-        matrices.append(Matrix(name, m, n, dtype, number))
+        matrices.append(Matrix(name, *item.shape, dtype, number))
         watched.append(item)
     return Matrices(matrices), watched
 
@@ -183,8 +201,11 @@ def _full_name(cls: type) -> str:
 
 
 def matrix_view(parameter: torch.Tensor) -> torch.Tensor:
-    """Return a parameter as (m, n): a convolution is (out_channels, rest)."""
-    return parameter.detach().reshape(parameter.shape[0], -1)
+    """Return the rows of a parameter that this rank holds, as (rows, width).
+
+    A convolution's row is all that belongs to one entry of its first axis. There may be no rows.
+    """
+    return local(parameter.detach()).flatten(1)
 
 
 def _is_recordable(parameter: torch.Tensor) -> bool:

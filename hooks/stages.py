@@ -53,10 +53,12 @@ class TorchMuonStages(Tap):
             group = self._optimizer.param_groups[item.group]
             buffer = matrix_view(self._optimizer.state[item.parameter]["momentum_buffer"])
             momentum = gradient.lerp(buffer, group["momentum"]) if group["nesterov"] else buffer
+            self._take(item, "momentum", momentum)
+            if len(momentum) < item.stored[0]:
+                continue  # only some of its rows are here, and no rank has all of them
             orthogonalized: torch.Tensor = self._orthogonalize(
                 momentum, group["ns_coefficients"], group["ns_steps"], group["eps"]
             )
-            self._take(item, "momentum", momentum)
             self._take(item, "orthogonalized", orthogonalized)
         self._held = []
 

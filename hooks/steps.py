@@ -6,6 +6,8 @@ from collections.abc import Sequence
 
 import torch
 
+from normuon_lens.optim.sharded import local
+
 
 def steps_taken(optimizers: Sequence[torch.optim.Optimizer]) -> int:
     """Return how many steps the optimizers have taken, as far as their state says; else 0."""
@@ -18,16 +20,22 @@ def steps_taken(optimizers: Sequence[torch.optim.Optimizer]) -> int:
     return max(taken, default=0)
 
 
-def is_phantom(optimizer: torch.optim.Optimizer) -> bool:
-    """Tell whether a step only makes an optimizer create its state: no rate, no gradient.
+def may_be_phantom(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether a step may only make an optimizer create its state: no state yet, no rate.
 
-    ``torch.distributed.checkpoint`` takes such a step when it asks for the state of an optimizer
-    that has none.
+    ``torch.distributed.checkpoint`` takes such a step, with gradients of zero, when it asks for the
+    state of an optimizer that has none.
     """
-    if optimizer.state or any(float(group.get("lr", 1.0)) for group in optimizer.param_groups):
-        return False
+    return not optimizer.state and not any(
+        float(group.get("lr", 1.0)) for group in optimizer.param_groups
+    )
+
+
+def gradients_vanish(optimizer: torch.optim.Optimizer) -> bool:
+    """Tell whether all gradients are zero, as far as this rank has them; not if there are none."""
     parameters = [p for group in optimizer.param_groups for p in group["params"]]
-    gradients = [p.grad for p in parameters if p.grad is not None]
+    # This rank's part: asking for all of it would be a collective of the training's ranks.
+    gradients = [local(p.grad) for p in parameters if p.grad is not None]
     return bool(gradients) and not any(bool(gradient.any()) for gradient in gradients)
 
 

@@ -8,6 +8,8 @@ from typing import NamedTuple, Protocol
 
 import torch
 
+from normuon_lens.optim.sharded import local
+
 from .selection import Watched, matrix_view
 
 
@@ -30,7 +32,7 @@ class Look(NamedTuple):
 
 
 class Take(Protocol):
-    """Takes one (m, n) matrix of the step: copied or measured at once, never written."""
+    """Takes one matrix of the step: copied or measured at once, never written."""
 
     def __call__(
         self,
@@ -49,11 +51,12 @@ class Take(Protocol):
         ----------
         item : Watched
         stage : str
-        matrix : Tensor of shape (m, n)
+        matrix : Tensor of shape (rows, width)
+            As the parameter is stored: all rows, or those that this rank holds.
         scale : float
             Spares whoever hands the matrix over a multiplication of its own.
         decay, weight_norm : float
-            lr·wd of the step and ‖W‖_F before it; only with an update.
+            lr·wd of the step and ‖W‖_F before it, of the same rows; only with an update.
         rounded : str, optional
             The weight's dtype where the matrix is a difference of weights and carries their
             rounding.
@@ -99,7 +102,7 @@ class Tap:
 
 
 def gradient_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> torch.Tensor | None:
-    """Return the gradient (m, n) that a step works with; None if there is no dense one.
+    """Return this rank's rows of the gradient that a step works with; None if there is none.
 
     A fused optimizer under a gradient scaler gets gradients that are still scaled, and the scale
     beside them.
@@ -108,7 +111,7 @@ def gradient_of(optimizer: torch.optim.Optimizer, parameter: torch.Tensor) -> to
     if gradient is None or gradient.layout != torch.strided:
         return None
     scale = getattr(optimizer, "grad_scale", None)
-    return matrix_view(gradient) if scale is None else matrix_view(gradient) / scale
+    return matrix_view(gradient) if scale is None else matrix_view(gradient) / local(scale)
 
 
 class Gradients(Tap):

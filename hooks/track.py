@@ -7,15 +7,18 @@ steps the matrix itself goes to the helper process at once, so no copy of it is 
 from __future__ import annotations
 
 import math
+from typing import Any
 
 import numpy as np
 import torch
 
 from normuon_lens.runfile import Matrices
 
+from .exchange import Weight, Whole
 from .feed import Feed
 from .schedule import Schedule
 from .selection import Watched
+from .share import Share
 
 NARROW = (torch.bfloat16, torch.float16)
 
@@ -32,6 +35,8 @@ class Track:
     matrices : Matrices
     wait : bool
         Whether to wait where there is no room, instead of dropping a sample.
+    share : Share, optional
+        What this rank records of matrices that it holds together with others.
 
     Attributes
     ----------
@@ -41,12 +46,15 @@ class Track:
         Samples that there was no room for.
     """
 
-    def __init__(self, feed: Feed, run: int, matrices: Matrices, *, wait: bool) -> None:
+    def __init__(
+        self, feed: Feed, run: int, matrices: Matrices, *, wait: bool, share: Share | None = None
+    ) -> None:
         self.dropped = 0
         self._feed = feed
         self.run = run
         self._matrices = matrices
         self._wait = wait
+        self._share = share
         self._reported = 0
         self._norms: list[tuple[Watched, str, torch.Tensor]] = []
         self._rows: dict[str, np.ndarray] = {}
@@ -55,7 +63,10 @@ class Track:
         """Say which step is at hand; called before anything of it is taken."""
         self._step = step
         self._norms.clear()
+        self._recorded = schedule.norms(step)
         self._spectra, self._keep = schedule.spectra(step), schedule.matrices(step)
+        if self._share and (self._spectra or self._keep):
+            self._share.exchange.begin()
 
     def take(
         self,
@@ -72,18 +83,64 @@ class Track:
 
         See :class:`normuon_lens.hooks.tap.Take`.
         """
-        matrix = item.by_neurons(matrix)
         if matrix.dtype in NARROW:
             matrix = matrix.float()
-        norms = torch.linalg.vector_norm(matrix, dim=1)
-        self._norms.append((item, stage, norms if scale == 1.0 else norms * abs(scale)))
+        neurons = item.by_neurons(matrix)
+        norms = torch.linalg.vector_norm(neurons, dim=1)
+        if self._width(stage, item):
+            self._norms.append((item, stage, norms if scale == 1.0 else norms * abs(scale)))
         if not (self._spectra or self._keep):
             return
-        if scale != 1.0:
-            matrix = matrix * scale
+        if self._share and not self._share.is_whole(item, stage):
+            offer = self._share.exchange.offer
+            offer(item, stage, matrix, scale=scale, decay=decay, rounded=rounded)
+            if stage == "update":
+                self._share.exchange.weigh(item, weight_norm)
+            return
+        if self._share:
+            weight_norm = math.nan  # of the rows here: the whole one comes by the exchange
         # What was rounded last: the weight, where the matrix is a difference of weights, or else
         # the matrix itself.
-        norm = weight_norm if rounded else abs(scale) * float(torch.linalg.vector_norm(norms))
+        noise = weight_norm if rounded else abs(scale) * float(torch.linalg.vector_norm(norms))
+        self._send(
+            item,
+            stage,
+            (neurons if scale == 1.0 else neurons * scale).cpu().numpy(),
+            decay=decay,
+            weight_norm=weight_norm,
+            noise_norm=noise,
+            noise_dtype=rounded or "float32",
+        )
+
+    def take_together(self, found: Whole | Weight) -> None:
+        """Hand over what came together from several ranks of the step at hand."""
+        if isinstance(found, Weight):
+            header = {"run": self.run, "step": self._step, "stage": "update"}
+            arrays = {
+                "index": np.array([found.item.index]),
+                "norm": np.array([found.norm]),
+                "decay": np.array([math.nan]),
+            }
+            self._feed.send("weights", header, arrays, wait=self._wait)
+            return
+        norm = float(np.linalg.norm(found.values.astype(np.float64)))
+        self._send(
+            found.item,
+            found.stage,
+            found.values,
+            decay=found.decay,
+            weight_norm=found.weight_norm if found.stage == "update" else math.nan,
+            noise_norm=found.weight_norm if found.rounded else norm,
+            noise_dtype=found.rounded or "float32",
+        )
+
+    def weigh(self, item: Watched, norm: float) -> None:
+        """Take ‖W‖_F of the rows here of a weight whose update its owner sees whole."""
+        if (self._spectra or self._keep) and self._share:
+            self._share.exchange.weigh(item, norm)
+
+    def _send(self, item: Watched, stage: str, values: np.ndarray, **measures: Any) -> None:
+        """Hand a matrix (m, n) over, to be measured, kept or both."""
         header = {
             "run": self.run,
             "stage": stage,
@@ -91,19 +148,16 @@ class Track:
             "index": item.index,
             "spectrum": self._spectra,
             "keep": self._keep,
-            "weight_norm": weight_norm,
-            "decay": decay,
-            "noise_norm": norm,
-            "noise_dtype": rounded or "float32",
+            **measures,
         }
-        if not self._feed.send("matrix", header, {"values": matrix.cpu().numpy()}, wait=self._wait):
+        if not self._feed.send("matrix", header, {"values": values}, wait=self._wait):
             self.dropped += 1
 
     def still(self, items: list[Watched]) -> None:
         """Take it that these matrices did not move."""
         row = self._row("update")
         for item in items:
-            row[self._matrices.rows(item.index)] = 0.0
+            row[self._columns("update", item)] = 0.0
 
     def collect(self) -> None:
         """Bring the row norms taken so far to the CPU, in one transfer, and into their rows."""
@@ -112,7 +166,7 @@ class Track:
         norms = torch.cat([norm for _, _, norm in self._norms]).to("cpu", torch.float32).numpy()
         start = 0
         for item, stage, norm in self._norms:
-            self._row(stage)[self._matrices.rows(item.index)] = norms[start : start + len(norm)]
+            self._row(stage)[self._columns(stage, item)] = norms[start : start + len(norm)]
             start += len(norm)
         self._norms.clear()
 
@@ -123,7 +177,7 @@ class Track:
             "step": step,
             "time": time,
             "scalars": scalars,
-            "void": "update" in self._rows and bool((self._rows["update"] == 0).all()),
+            "void": self._is_void(),
             "dropped": self.dropped,
         }
         rows, self._rows = self._rows, {}
@@ -138,7 +192,29 @@ class Track:
         header = {"run": self.run, "step": step, "kind": kind, "text": text}
         self._feed.send("event", header, wait=self._wait)
 
+    def _is_void(self) -> bool:
+        """Whether nothing that is recorded here moved: a rank may have no row at all."""
+        nothing = (
+            np.empty(0) if self._recorded and not self._total("update") else np.array([np.nan])
+        )
+        return bool((self._rows.get("update", nothing) == 0).all())
+
     def _row(self, stage: str) -> np.ndarray:
         if stage not in self._rows:
-            self._rows[stage] = np.full(self._matrices.total_rows, np.nan, np.float32)
+            self._rows[stage] = np.full(self._total(stage), np.nan, np.float32)
         return self._rows[stage]
+
+    def _total(self, stage: str) -> int:
+        """Neurons whose norms are recorded here."""
+        return self._share.shard.total(stage) if self._share else self._matrices.total_rows
+
+    def _columns(self, stage: str, item: Watched) -> slice:
+        """Where in a row a matrix's norms stand."""
+        if self._share:
+            return self._share.shard.columns(stage, item.index)
+        return self._matrices.rows(item.index)
+
+    def _width(self, stage: str, item: Watched) -> int:
+        columns = self._columns(stage, item)
+        width: int = columns.stop - columns.start
+        return width

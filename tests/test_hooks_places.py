@@ -21,7 +21,6 @@ import torch
 from torch import Tensor, nn
 
 import normuon_lens.hooks
-from normuon_lens.errors import AttachError
 from normuon_lens.hooks import attach
 from normuon_lens.optim import NorMuon
 from normuon_lens.runfile import Run, open_run, wire
@@ -287,30 +286,6 @@ def test_two_ranks_of_data_parallel_training(tmp_path: Path) -> None:
         np.testing.assert_array_equal(run.scalars["loss"], np.arange(6))
         assert run.metadata["world_size"] == 2
         assert not parts_of(run.path).exists()
-
-
-@pytest.fixture
-def one_rank() -> Iterator[None]:
-    store = torch.distributed.HashStore()
-    torch.distributed.init_process_group("gloo", store=store, rank=0, world_size=1)
-    yield
-    torch.distributed.destroy_process_group()
-
-
-@pytest.mark.usefixtures("one_rank")
-def test_sharded_weights_are_refused_and_left_alone(tmp_path: Path) -> None:
-    from torch.distributed.device_mesh import init_device_mesh
-    from torch.distributed.fsdp import fully_shard
-
-    model = nn.Sequential(nn.Linear(6, 12), nn.GELU(), nn.Linear(12, 6))
-    fully_shard(model, mesh=init_device_mesh("cpu", (1,)))
-    optimizer = torch.optim.AdamW(model.parameters(), LR)
-    with pytest.raises(AttachError, match=r"0\.weight is sharded over several processes"):
-        attach(model, optimizer, tmp_path / "x.h5")
-    assert list(tmp_path.iterdir()) == []
-    assert not optimizer._optimizer_step_pre_hooks
-    model(torch.ones(2, 6)).sum().backward()
-    optimizer.step()
 
 
 WORKERS = """

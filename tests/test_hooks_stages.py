@@ -144,7 +144,7 @@ def test_failure_while_looking_is_a_warning_after_the_step(
         train(optimizer, weight, 6)
     assert torch.equal(plain, weight)
     assert optimizer.stage_observer is None
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # that only a hang reaches
     while open_run(tmp_path / "x.h5").live and time.monotonic() < deadline:
         time.sleep(0.01)  # the training does not wait for the helper to pack
     run = open_run(tmp_path / "x.h5")
@@ -170,7 +170,7 @@ def test_stages_of_torchs_muon_that_cannot_be_had_are_refused_in_one_line(
         attach(nn.ParameterDict({"w": weight}), optimizer, tmp_path / "x.h5", stages=True)
     assert not optimizer._optimizer_step_pre_hooks
     gc.collect()
-    deadline = time.monotonic() + 10
+    deadline = time.monotonic() + 60  # that only a hang reaches
     while list(tmp_path.iterdir()) and time.monotonic() < deadline:
         time.sleep(0.01)
     assert list(tmp_path.iterdir()) == []
@@ -196,7 +196,7 @@ def train_shared(path: str, recorded: bool) -> list[Tensor]:
     return [p.detach().clone() for _, p in named]
 
 
-def test_where_ranks_share_the_work_rank_0_records_every_update(tmp_path: Path) -> None:
+def test_where_ranks_share_the_work_each_hands_over_all_stages_of_its_own(tmp_path: Path) -> None:
     path = tmp_path / "x.h5"
     recorded = on_ranks(2, train_shared, str(path), True)
     plain = on_ranks(2, train_shared, str(path), False)
@@ -204,15 +204,11 @@ def test_where_ranks_share_the_work_rank_0_records_every_update(tmp_path: Path) 
         for one, other in zip(recorded[0], weights, strict=True):
             assert torch.equal(one, other)
     run = open_run(path)
-    owned = []
-    for i, matrix in enumerate(run.table):
+    for matrix in run.table:
         for step in (1, 2, 3, 4):
             norms = np.linalg.norm(run.update(matrix.name, step), axis=1)
             assert np.sqrt(np.mean(norms**2) / matrix.n) == pytest.approx(0.2 * LR, rel=1e-4)
-        # The way there is known where it was gone; elsewhere it is missing, and never zero.
-        spectra = [run.spectrum(matrix.name, 2, stage=stage) for stage in STAGES[1:4]]
-        known = [bool(np.all(np.isfinite(spectrum))) for spectrum in spectra]
-        assert known in ([True] * 3, [False] * 3)
-        assert known[0] or all(np.isnan(spectrum).all() for spectrum in spectra)
-        owned += [i] * known[0]
-    assert owned == [1, 2]  # dealt the largest first, matrix 0 to rank 1
+            np.testing.assert_allclose(run.neuron_norms(matrix.name)[step - 1], norms, rtol=1e-5)
+            for stage in STAGES:
+                assert np.isfinite(run.spectrum(matrix.name, step, stage=stage)).all()
+    assert run.holes == []
