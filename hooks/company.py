@@ -170,21 +170,21 @@ class Company:
         while True:
             if self.leads and place.check(hellos):
                 said = zip(self.members, place.multi_get(hellos), strict=True)
-                call = json.dumps({str(rank): word.decode() for rank, word in said})
+                call = json.dumps({str(rank): brought.decode() for rank, brought in said})
                 if call != called:
                     place.set("call", call)
             else:
                 call = place.get("call").decode() if place.check(["call"]) else "{}"
             meeting = _short(call)
-            if call != called and json.loads(call).get(str(self.rank)) == word:
-                place.set(f"answer/{self.rank}", meeting)
-            called = call
-            if self.leads and place.check(answers):
-                if {answer.decode() for answer in place.multi_get(answers)} == {meeting}:
+            if json.loads(call).get(str(self.rank)) == word:
+                if call != called:
+                    place.set(f"answer/{self.rank}", meeting)
+                if self.leads and _all_say(place, answers, meeting):
                     place.set("begun", meeting)
                     return meeting
-            elif place.check(["begun"]) and place.get("begun").decode() == meeting:
-                return meeting
+                if _all_say(place, ["begun"], meeting):
+                    return meeting
+            called = call
             if time.monotonic() > deadline:
                 raise NobodyCame(_who_is_missing(place, meeting, self.members))
             time.sleep(POLL_SECONDS)
@@ -198,12 +198,13 @@ class Company:
             raise AttachError(difference)
 
 
-def _who_is_missing(place: Store, meeting: str, members: Sequence[int]) -> str:
-    def is_there(rank: int) -> bool:
-        key = f"answer/{rank}"
-        return bool(place.check([key])) and place.get(key).decode() == meeting
+def _all_say(place: Store, keys: Sequence[str], text: str) -> bool:
+    there = bool(place.check(list(keys)))
+    return there and {said.decode() for said in place.multi_get(list(keys))} == {text}
 
-    missing = [rank for rank in members if not is_there(rank)]
+
+def _who_is_missing(place: Store, meeting: str, members: Sequence[int]) -> str:
+    missing = [rank for rank in members if not _all_say(place, [f"answer/{rank}"], meeting)]
     return (
         f"attach was not called on rank{'s' * (len(missing) > 1)} "
         f"{', '.join(map(str, missing))} within {MEET_SECONDS:.0f} s, but the weights are "

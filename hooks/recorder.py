@@ -377,6 +377,7 @@ class Recorder:
         if self._share and self._due:
             self._met = True
             agreed = self._share.meet(self.steps, self._wanted, failed=self._mourning)
+            agreed = replace(agreed, first=self._schedule.first)
             self._wanted = agreed
             if agreed != self._schedule:
                 self._adapt(agreed)
@@ -406,10 +407,10 @@ class Recorder:
         self._counted_seconds, self._counted = self.seconds, self._ended
         budget.spent(self._schedule.kind(self.steps), seconds, elapsed)
         then = budget.affordable(self._schedule)
-        if self._share:
-            self._wanted = then  # until all ranks have agreed
-        elif then != self._schedule:
-            self._adapt(then)
+        if then != self._schedule:
+            self._wanted = then
+            if not self._share:  # or else once all ranks have agreed
+                self._adapt(then)
 
     def _adapt(self, then: Schedule) -> None:
         """Go on with another schedule."""

@@ -11,6 +11,8 @@ import torch
 
 from normuon_lens.errors import LensError
 
+from .ranks import rank, ranks
+
 LEFT_OUT = {"site-packages", "dist-packages", "__pycache__", "test", "tests", "idlelib"}
 VALIDATION_SHARE = 20
 """One file in so many is for validation, chosen by a hash of its path: stable and unbiased."""
@@ -54,21 +56,38 @@ def standard_library() -> Text:
 class Batches:
     """Random windows of a text: the n-th batch is the same for everyone with the same seed.
 
+    With several ranks each has its share of the windows of that same batch.
+
     Parameters
     ----------
     text : Tensor of shape (characters,), uint8
     batch, context : int
         Windows a batch, characters a window.
     seed : int
+
+    Attributes
+    ----------
+    weight : float
+        Windows of this rank's share relative to the mean over the ranks: 1 if all are equal.
+
+    Raises
+    ------
+    LensError
+        If there are more ranks than windows in a batch.
     """
 
     def __init__(self, text: torch.Tensor, batch: int, context: int, seed: int) -> None:
+        if batch < ranks():
+            raise LensError(f"a batch of {batch} windows is too small for {ranks()} processes")
         self._text, self._batch, self._context = text, batch, context
         self._generator = torch.Generator().manual_seed(seed)
+        start, stop = (batch * r // ranks() for r in (rank(), rank() + 1))
+        self._share = slice(start, stop)
+        self.weight = (stop - start) * ranks() / batch
 
     def next(self) -> tuple[torch.Tensor, torch.Tensor]:
-        """Return inputs and targets (the next characters), int64, each (batch, context)."""
+        """Return inputs and targets (the next characters), int64, each (share, context)."""
         last = len(self._text) - self._context - 1
         starts = torch.randint(last, (self._batch, 1), generator=self._generator)
-        windows = self._text[starts + torch.arange(self._context + 1)].long()
+        windows = self._text[starts[self._share] + torch.arange(self._context + 1)].long()
         return windows[:, :-1], windows[:, 1:]

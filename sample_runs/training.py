@@ -1,4 +1,4 @@
-"""One training of the demo: a model, a recipe for its optimizers, one step at a time."""
+"""One training: a model, a recipe for its optimizers, one step at a time, on one rank or many."""
 
 from __future__ import annotations
 
@@ -14,7 +14,11 @@ from torch.optim.lr_scheduler import LambdaLR
 from normuon_lens.optim import Muon, NorMuon, split_parameters
 
 from .model import GPT, Shape
+from .ranks import mean, ranks
 
+BATCH = 16
+VALIDATION_BATCH = 256
+VALIDATION_EVERY = 50
 ADAM_BETAS = (0.9, 0.95)
 WARMUP_SHARE = 0.05
 FINAL_LR_SHARE = 0.1
@@ -62,7 +66,7 @@ RECIPES = (
 
 
 class Training:
-    """A model being trained by one recipe.
+    """A model being trained by one recipe, sharded if there are several ranks.
 
     Parameters
     ----------
@@ -70,7 +74,7 @@ class Training:
     steps : int
         Length of the learning-rate schedule: warm-up, then linear decay to a tenth.
     seed : int
-        Of the initial weights: equal seeds start from equal weights.
+        Of the initial weights: equal seeds start from equal weights, on any number of ranks.
     shape : Shape, optional
 
     Attributes
@@ -86,7 +90,9 @@ class Training:
         torch.manual_seed(seed)
         self.recipe = recipe
         self.model = GPT(shape)
-        self.optimizers = recipe.optimizers(self.model)
+        if ranks() > 1:
+            _shard(self.model)
+        self.optimizers = recipe.optimizers(self.model)  # of the shards, so only now
         self.seconds = 0.0
         warmup = max(1, math.ceil(WARMUP_SHARE * steps))
 
@@ -97,20 +103,46 @@ class Training:
 
         self._schedules = [LambdaLR(optimizer, rate) for optimizer in self.optimizers]
 
-    def step(self, inputs: Tensor, targets: Tensor) -> float:
-        """Train on one batch; returns its loss in nats a token."""
+    def step(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> float:
+        """Train on one batch.
+
+        Parameters
+        ----------
+        inputs, targets : Tensor of shape (windows, context), int64
+            This rank's share of the batch.
+        weight : float
+            Windows of this share relative to the mean over the ranks.
+
+        Returns
+        -------
+        float
+            The loss of the whole batch in nats a token, the same on all ranks.
+        """
         began = time.perf_counter()
         for optimizer in self.optimizers:
             optimizer.zero_grad()
-        loss = self.model.loss(inputs, targets)
+        # Gradients become their mean over the ranks in the backward pass.
+        loss = weight * self.model.loss(inputs, targets)
         loss.backward()  # type: ignore[no-untyped-call]
         for optimizer, schedule in zip(self.optimizers, self._schedules, strict=True):
             optimizer.step()
             schedule.step()
         self.seconds += time.perf_counter() - began
-        return loss.item()
+        return mean(loss)
 
     @torch.no_grad()
-    def validate(self, inputs: Tensor, targets: Tensor) -> float:
-        """Return the loss on held-out text in nats a token."""
-        return self.model.loss(inputs, targets).item()
+    def validate(self, inputs: Tensor, targets: Tensor, weight: float = 1.0) -> float:
+        """Return the loss on held-out text in nats a token; arguments are as of :meth:`step`."""
+        return mean(weight * self.model.loss(inputs, targets))
+
+
+def _shard(model: GPT) -> None:
+    """Leave on every rank its share of the rows of each parameter (FSDP2)."""
+    # Imports that take seconds, and that one process can do without.
+    from torch.distributed.device_mesh import init_device_mesh
+    from torch.distributed.fsdp import fully_shard
+
+    mesh = init_device_mesh("cpu", (ranks(),))
+    for block in model.blocks:
+        fully_shard(block, mesh=mesh)
+    fully_shard(model, mesh=mesh)

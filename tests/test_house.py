@@ -26,6 +26,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "runfile": {"errors", "metrics"},
     "analysis": {"errors", "metrics", "runfile"},
     "cli": {"errors", "metrics", "runfile", "optim", "analysis", ""},
+    "__main__": {"cli"},
     "hooks": {"errors", "extras", "metrics", "runfile", "optim", ""},
     "dashboard": {"errors", "metrics", "runfile", "analysis", ""},
     "sample_runs": {"errors", "extras", "runfile", "analysis", "optim", "cli", "hooks", ""},

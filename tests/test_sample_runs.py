@@ -3,6 +3,8 @@
 from __future__ import annotations
 
 import re
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -11,10 +13,11 @@ import torch
 
 import normuon_lens.sample_runs
 from normuon_lens.analysis import compare
-from normuon_lens.cli.main import main
+from normuon_lens.cli.main import main, run_command
 from normuon_lens.runfile import Run, open_run
 from normuon_lens.sample_runs.data import Batches, standard_library
 from normuon_lens.sample_runs.model import GPT, Shape
+from normuon_lens.sample_runs.train import NAME, train
 from normuon_lens.sample_runs.training import RECIPES, Recipe, Training
 
 HERE = Path(normuon_lens.sample_runs.__file__).parent
@@ -60,6 +63,73 @@ def test_demo_refuses_to_write_over_recordings(
     (tmp_path / "file").write_text("")
     assert main(["demo", "--no-dashboard", "-o", str(tmp_path / "file" / "x")]) == 2
     assert "cannot record there" in capsys.readouterr().err
+
+
+def test_demo_takes_the_next_free_folder(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    for _ in range(2):
+        assert main(["demo", "--steps", "1", "--no-dashboard"]) == 0
+    assert {path.name for path in Path("runs").iterdir()} == {"demo", "demo-2"}
+
+
+def test_script_records_one_training(
+    tmp_path: Path, monkeypatch: pytest.MonkeyPatch, capsys: pytest.CaptureFixture[str]
+) -> None:
+    monkeypatch.chdir(tmp_path)
+    assert run_command(train, NAME, ["--optimizer", "muon", "--steps", "12", "--every", "4"]) == 0
+    told = capsys.readouterr()
+    assert re.search(r"step 12/12  loss Muon \d\.\d{3}", told.out)
+    assert told.err.splitlines()[-1] == "  look at it:  normuon-lens dashboard runs/muon.h5"
+    run = open_run("runs/muon.h5")
+    assert (run.optimizer, run.name, run.status) == ("Muon", "Muon", "finished")
+    assert run.steps.tolist() == list(range(1, 13))
+    assert run.spectrum_steps().tolist() == [1, 4, 8, 12]
+    assert np.isfinite(run.scalars["loss"]).all()
+    assert np.isfinite(run.scalars["val_loss"]).tolist() == [False] * 11 + [True]
+    assert run_command(train, NAME, ["--steps", "1", "--no-record"]) == 0
+    assert [path.name for path in Path("runs").iterdir()] == ["muon.h5"]
+
+
+def test_script_trains_as_the_demo_does(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    steps = ["--steps", "3", "--seed", "7"]
+    assert main(["demo", *steps, "--no-dashboard", "-o", str(tmp_path)]) == 0
+    script = tmp_path / "script.h5"
+    assert run_command(train, NAME, [*steps, "-o", str(script)]) == 0
+    losses = [open_run(path).scalars for path in (tmp_path / "normuon.h5", script)]
+    assert losses[0]["loss"].tolist() == losses[1]["loss"].tolist()
+    assert losses[0]["val_loss"][-1] == losses[1]["val_loss"][-1]
+
+
+def test_script_refuses_in_one_line(tmp_path: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    (tmp_path / "x.h5").write_bytes(b"precious")
+    for arguments, reason in (
+        (["-o", str(tmp_path / "x.h5")], "x.h5: exists already"),
+        (["-o", str(tmp_path / "x.h5" / "y.h5")], "cannot record there"),
+        (["--optimizer", "sgd"], f"{NAME} --help"),
+    ):
+        assert run_command(train, NAME, arguments) == 2
+        told = capsys.readouterr().err
+        assert reason in told
+        assert told.count("\n") == 1
+    assert (tmp_path / "x.h5").read_bytes() == b"precious"
+
+
+def test_helps_name_the_lines_to_type(capsys: pytest.CaptureFixture[str]) -> None:
+    many = "torchrun --standalone --nproc-per-node 2 -m"
+    assert main(["demo", "--help"]) == 0
+    assert f"{many} normuon_lens demo\n" in capsys.readouterr().out
+    assert run_command(train, NAME, ["--help"]) == 0
+    told = capsys.readouterr().out
+    assert f"{NAME} --optimizer normuon --steps 600 -o runs/x.h5" in told
+    assert f"{many} normuon_lens.sample_runs.train --optimizer normuon" in told
+
+
+def test_module_is_the_command() -> None:
+    command = [sys.executable, "-m", "normuon_lens", "--version"]
+    told = subprocess.run(command, capture_output=True, text=True, check=True).stdout
+    assert told.startswith("normuon-lens, version")
 
 
 def test_recorded_runs_are_whole_and_small(recorded: list[Run]) -> None:

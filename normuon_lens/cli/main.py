@@ -11,6 +11,7 @@ import click
 import normuon_lens
 from normuon_lens.errors import LensError
 
+NAME = "normuon-lens"
 GROUP = "normuon_lens.commands"
 
 
@@ -55,16 +56,35 @@ def main(arguments: Sequence[str] | None = None) -> int:
     Returns
     -------
     int
+        As of :func:`run_command`.
+    """
+    return run_command(verbs, NAME, arguments)
+
+
+def run_command(command: click.Command, name: str, arguments: Sequence[str] | None = None) -> int:
+    """Run one command, and turn its errors into text and an exit code.
+
+    Parameters
+    ----------
+    command : click.Command
+    name : str
+        What a user types to start it.
+    arguments : sequence of str, optional
+        ``sys.argv[1:]`` if None.
+
+    Returns
+    -------
+    int
         0; 2 for a user's error, told in one line on standard error; 130 after Ctrl-C.
     """
     try:
-        result = verbs.main(args=arguments, prog_name="normuon-lens", standalone_mode=False)
+        result = command.main(args=arguments, prog_name=name, standalone_mode=False)
         return result if isinstance(result, int) else 0
     except click.exceptions.NoArgsIsHelpError as error:
         click.echo(error.format_message())
         return 0
     except click.UsageError as error:
-        where = error.ctx.command_path if error.ctx else "normuon-lens"
+        where = error.ctx.command_path if error.ctx else name
         return _refuse(f"{error.format_message()} (see: {where} --help)")
     except click.ClickException as error:
         return _refuse(error.format_message())
@@ -80,7 +100,7 @@ def main(arguments: Sequence[str] | None = None) -> int:
 
 
 def _refuse(message: str) -> int:
-    click.echo(f"normuon-lens: {' '.join(message.split())}", err=True)
+    click.echo(f"{NAME}: {' '.join(message.split())}", err=True)
     return 2
 
 
