@@ -71,8 +71,11 @@ def served(*arguments):
             process.terminate()
 
 
-def until(holds, seconds=12.0):
-    """Poll a condition from here: the page's policy forbids Playwright's wait_for_function."""
+def until(holds, seconds=30.0):
+    """Poll a condition from here: the page's policy forbids Playwright's wait_for_function.
+
+    The bound is that of Playwright itself: only what never happens takes so long.
+    """
     deadline = time.monotonic() + seconds
     while not (value := holds()):
         assert time.monotonic() < deadline, "it never came true"

@@ -16,6 +16,9 @@ from normuon_lens.dashboard.server import PORT, bind, guard
 from normuon_lens.errors import LensError
 from normuon_lens.runfile import made_up_run
 
+SECONDS = 60
+"""A bound that only a hang reaches, also on a busy machine."""
+
 
 def ask(app, host, origin=None):
     """Return (status, headers) that a WSGI application answers with."""
@@ -138,17 +141,20 @@ def test_it_serves_until_interrupted_and_ends_quietly(tmp_path):
         stderr=subprocess.PIPE,
         text=True,
     ) as process:
-        line = process.stdout.readline()
-        assert "open this in a browser" in line
-        address = line.split()[0]
-        with urllib.request.urlopen(address, timeout=10) as answer:
-            assert b"normuon-lens" in answer.read()
-            assert "Server" not in answer.headers
-        request = urllib.request.Request(address, headers={"Host": "evil.example"})
-        with pytest.raises(urllib.error.HTTPError, match="403") as refused:
-            urllib.request.urlopen(request, timeout=10)
-        refused.value.close()
-        process.send_signal(signal.SIGINT)
-        rest, errors = process.communicate(timeout=10)
+        try:
+            line = process.stdout.readline()
+            assert "open this in a browser" in line
+            address = line.split()[0]
+            with urllib.request.urlopen(address, timeout=SECONDS) as answer:
+                assert b"normuon-lens" in answer.read()
+                assert "Server" not in answer.headers
+            request = urllib.request.Request(address, headers={"Host": "evil.example"})
+            with pytest.raises(urllib.error.HTTPError, match="403") as refused:
+                urllib.request.urlopen(request, timeout=SECONDS)
+            refused.value.close()
+            process.send_signal(signal.SIGINT)
+            rest, errors = process.communicate(timeout=SECONDS)
+        finally:
+            process.kill()
     assert process.returncode == 0
     assert rest == errors == ""

@@ -312,7 +312,7 @@ def everything_refused():
 @pytest.fixture(scope="module")
 def refused():
     """Return what each of the ranks was told, by case."""
-    results = on_ranks(RANKS, everything_refused, timeout=100)
+    results = on_ranks(RANKS, everything_refused)
     return [constructed | stepped for constructed, stepped in results]
 
 
@@ -456,7 +456,7 @@ def lose_a_rank(folder):
 
 def test_a_rank_that_is_lost_stops_the_others_within_the_timeout_of_their_group(tmp_path):
     with pytest.raises(AssertionError, match=r"no result from ranks \[1\]"):
-        on_ranks(3, lose_a_rank, str(tmp_path), timeout=60)
+        on_ranks(3, lose_a_rank, str(tmp_path), timeout=120)
     stopped, dead = zip(*((tmp_path / r).read_text().splitlines() for r in "02"), strict=True)
     assert any("Timed out waiting 2000ms" in text for text in stopped)
     assert all("Connection" in text for text in dead)  # closed or reset, by rank 1
@@ -495,7 +495,7 @@ def fail_in_the_midst():
 
 
 def test_what_raises_in_the_midst_on_one_rank_does_not_make_the_others_wait():
-    results = on_ranks(3, fail_in_the_midst, timeout=60)
+    results = on_ranks(3, fail_in_the_midst, timeout=120)
     assert [told for told, _ in results] == [
         [None, None, None],
         [None, "ZeroDivisionError", "_LinAlgError"],
