@@ -186,7 +186,8 @@ class Company:
                     return meeting
             called = call
             if time.monotonic() > deadline:
-                raise NobodyCame(_who_is_missing(place, meeting, self.members))
+                others = [rank for rank in self.members if rank != self.rank]
+                raise NobodyCame(_who_is_missing(place, meeting, others))
             time.sleep(POLL_SECONDS)
 
     def _gather(self, facts: Facts) -> None:
@@ -203,8 +204,9 @@ def _all_say(place: Store, keys: Sequence[str], text: str) -> bool:
     return there and {said.decode() for said in place.multi_get(list(keys))} == {text}
 
 
-def _who_is_missing(place: Store, meeting: str, members: Sequence[int]) -> str:
-    missing = [rank for rank in members if not _all_say(place, [f"answer/{rank}"], meeting)]
+def _who_is_missing(place: Store, meeting: str, others: Sequence[int]) -> str:
+    silent = [rank for rank in others if not place.check([f"hello/{rank}"])]
+    missing = silent or [r for r in others if not _all_say(place, [f"answer/{r}"], meeting)]
     return (
         f"attach was not called on rank{'s' * (len(missing) > 1)} "
         f"{', '.join(map(str, missing))} within {MEET_SECONDS:.0f} s, but the weights are "

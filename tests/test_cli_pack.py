@@ -82,7 +82,7 @@ def test_interrupted_recording_becomes_one_file(
     path = parts.with_suffix("")
     code, out, err = run(capsys, "pack", parts)
     assert (code, err) == (0, "")
-    assert out == f"{path}: 0.0 MiB, 6 steps\n"
+    assert out == f"{path}: 0.0 MB, 6 steps\n"
     assert not parts.exists()
     packed = open_run(path)
     assert packed.status == "interrupted"

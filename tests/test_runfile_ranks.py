@@ -750,7 +750,7 @@ def test_one_process_does_not_go_on_where_several_ranks_were(two: Training) -> N
 
 
 def test_rank_does_not_take_the_place_of_another(two: Training) -> None:
-    with pytest.raises(RunError, match="another process records there"):
+    with pytest.raises(RunError, match="is there already"):
         Writer(two.path, {}, TABLE, shard=shard_of(1, (0, 1), 0))
     expect_same(open_run(two.path), open_run(two.whole))
 

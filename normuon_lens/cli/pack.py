@@ -31,7 +31,7 @@ def pack(run: str, output: str | None, compress: bool) -> None:
     for text in made.left_out:
         click.echo(f"normuon-lens: left out: {text}", err=True)
     ranks = f", {len(made.ranks)} ranks" if made.ranks else ""
-    click.echo(f"{made.path}: {made.bytes / 2**20:.1f} MiB, {made.steps} steps{ranks}")
+    click.echo(f"{made.path}: {made.bytes / 1e6:.1f} MB, {made.steps} steps{ranks}")
 
 
 def _progress() -> Any:

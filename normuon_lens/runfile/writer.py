@@ -335,7 +335,8 @@ class Writer:
         finally:
             (self._parts / LOCK).unlink(missing_ok=True)
         with open_guarded(self.path) as file:
-            return Closed(self.path, self.path.stat().st_size, len(file["steps/step"]), "")
+            steps = len(np.unique(file["steps/step"]))  # an attempt may repeat those of another
+            return Closed(self.path, self.path.stat().st_size, steps, "")
 
     def abandon(self, reason: str) -> None:
         """Stop recording after a failure; what is committed stays readable.
@@ -398,7 +399,9 @@ class Writer:
             try:
                 self._folder.mkdir()
             except FileExistsError:
-                raise RunError(f"{self._folder}: another process records there") from None
+                raise RunError(
+                    f"{self._folder}: is there already; choose another path, or delete it"
+                ) from None
         if not lock(self._folder):
             raise RunError(f"{self.path}: another process records there just now")
         self._locked = True
