@@ -12,7 +12,6 @@ import os
 import random
 import re
 import resource
-import select
 import shutil
 import signal
 import subprocess
@@ -335,9 +334,7 @@ def limit_files(training: Training) -> None:
 
 def kill_helper(training: Training) -> None:
     os.kill(training.helper, signal.SIGKILL)
-    assert training.lens
-    assert training.lens._feed
-    select.select([training.lens._feed._from], [], [], 60)  # until its end is to be seen
+    os.waitid(os.P_PID, training.helper, os.WEXITED | os.WNOWAIT)  # until its end is to be seen
 
 
 def lose_folder(training: Training) -> None:

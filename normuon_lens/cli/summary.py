@@ -80,14 +80,15 @@ def _print(content: dict[str, Any], skip: int) -> None:
     if content["void_steps"]:
         counts.append(f"{content['void_steps']} void steps")
     shadow = f" (shadow of {content['shadow_of']})" if content["shadow_of"] else ""
-    to.print(f"{content['path']}: {content['optimizer']}{shadow}, {', '.join(counts)}")
+    said = f"{content['path']}: {content['optimizer']}{shadow}, {', '.join(counts)}"
+    to.print(said, soft_wrap=True)
     for group in content["groups"]:
         known = {key: value for key, value in group.items() if value is not None}
         name = known.pop("optimizer", content["optimizer"])
         settings = ", ".join(f"{key}={value}" for key, value in known.items() if value is not False)
-        to.print(f"  {name}: {settings}")
+        to.print(f"  {name}: {settings}", soft_wrap=True)
     for remark in content["remarks"]:
-        to.print(f"  {remark}")
+        to.print(f"  {remark}", soft_wrap=True)
     if not content["matrices"]:
         return
     labels = [describe(metric).label for metric in COLUMNS]

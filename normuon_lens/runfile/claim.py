@@ -138,6 +138,9 @@ def lock(folder: Path) -> bool:
             return False
         except FileNotFoundError:
             pass  # who packed the recording before has just removed the folder
+        except OSError:  # a full disk holds the empty file, but not what is to be in it
+            (folder / LOCK).unlink(missing_ok=True)
+            raise
 
 
 def remove_parts(parts: Path) -> None:
