@@ -8,7 +8,6 @@ time or fail is the helper process's business.
 from __future__ import annotations
 
 import atexit
-import hashlib
 import itertools
 import math
 import os
@@ -29,18 +28,19 @@ import torch
 
 from normuon_lens.errors import AttachError
 from normuon_lens.runfile import Matrices
-from normuon_lens.runfile.schema import Shard, parts_of
+from normuon_lens.runfile.schema import parts_of
 
 from .applied import Weights, update_tap
 from .budget import Budget
 from .company import NobodyCame
 from .exchange import ExchangeLost
-from .feed import START_SECONDS, Feed, FeedLost, FeedSilent
+from .feed import Feed, FeedLost, FeedSilent
 from .nesting import Nesting
+from .opening import LEAVE_SECONDS, Opened, Plan, facts_of, open_alone, open_together
 from .schedule import Schedule
 from .selection import Watched
 from .shadow import Shadow, describe_shadow, shadow_path
-from .share import Share, join
+from .share import Share
 from .stages import TorchMuonStages
 from .steps import found_inf, gradients_vanish, is_capturing, may_be_phantom, steps_taken
 from .tap import Gradients, Look, Tap
@@ -49,11 +49,6 @@ from .uninterrupted import uninterrupted
 
 CLOSE_SECONDS = 600.0
 """How long the helper may take to finish a recording."""
-LEAVE_SECONDS = 0.2
-"""How long its end is waited for while the training is to go on."""
-SAMPLES_IN_FLIGHT = 4
-RING_BYTES = (8 << 20, 512 << 20)
-"""Least and most shared memory between the trainer and the helper process."""
 
 RECORDED: weakref.WeakSet[torch.optim.Optimizer] = weakref.WeakSet()
 """Every optimizer that a recorder was attached to."""
@@ -127,46 +122,34 @@ class Recorder:
             return
 
         describing = [metadata, *(describe_shadow(metadata, *item) for item in shadow.items())]
-        sizes = [x.m * x.n * (8 if x.dtype == "float64" else 4) for x in matrices]
-        memory = _memory(sizes, (1 + 3 * stages) * len(self._paths), max(1, len(ranks)))
-
-        def open_part(shard: Shard | None = None, path: str | None = None) -> dict[str, Any]:
-            self._paths = [Path(path), *self._paths[1:]] if path else self._paths
-            self.path = self._paths[0]
-            self._feed, opened = self._open(matrices, describing, options, memory, shard)
-            return opened[0] | {"path": str(self.path.absolute())}
-
-        if ranks:
-            facts = _facts(matrices, schedule, budget, step, stages=stages, **options)
-            try:
-                self._share, opened = join(ranks, facts, matrices, watched, optimizers, open_part)
-            except NobodyCame as error:
-                self._give_up()
-                if on_error == "raise":
-                    raise AttachError(str(error)) from None
-                self._failure = f"nothing is recorded at {path}: {error}"
-                self._warn(self._failure)
-                return
-            except BaseException:
-                self._give_up()
-                raise
-        else:
-            opened = open_part()
-        assert self._feed is not None
+        streams = (1 + 3 * stages) * len(self._paths)
+        plan = Plan(self._paths, describing, matrices, options, streams)
+        try:
+            if ranks:
+                facts = facts_of(matrices, schedule, budget, step, stages=stages, **options)
+                opened = open_together(plan, ranks, facts, watched, optimizers)
+            else:
+                opened = open_alone(plan)
+        except NobodyCame as error:
+            if on_error == "raise":
+                raise AttachError(str(error)) from None
+            self._failure = f"nothing is recorded at {path}: {error}"
+            self._warn(self._failure)
+            return
+        self._feed, self._paths, last_step, self._share = opened
+        self.path = self._paths[0]
         self._quiet = quiet or not self._leads
         self._tracks = [
             Track(self._feed, run, matrices, wait=wait, share=self._share)
             for run in range(len(self._paths))
         ]
-        self._abandoned: Any = weakref.finalize(
-            self, _let_go, self._feed, self._tracks, self._share
-        )
+        self._abandoned: Any = weakref.finalize(self, _let_go, opened, self._tracks, os.getpid())
         self._abandoned.atexit = False
         self._taps = [
             self._taps_of(i, stages, shadow) if mine else [] for i, mine in enumerate(self._watched)
         ]
         if step is None:
-            step = steps_taken(optimizers) or opened["last_step"]
+            step = steps_taken(optimizers) or last_step
         self.steps = self._start = step
         self._schedule = self._wanted = replace(schedule, first=step + 1)
         RECORDED.update(optimizers)
@@ -465,57 +448,19 @@ class Recorder:
             )
         return taps
 
-    def _open(
-        self,
-        matrices: Matrices,
-        describing: list[dict[str, Any]],
-        options: dict[str, Any],
-        memory: int,
-        shard: Shard | None,
-    ) -> tuple[Feed, list[dict[str, Any]]]:
-        part = {"shard": shard.to_json()} if shard else {}
-        recordings = [
-            {
-                "path": str(path.absolute()),
-                "metadata": metadata,
-                "matrices": [vars(matrix) for matrix in matrices],
-                "options": options,
-                **part,
-            }
-            for path, metadata in zip(self._paths, describing, strict=True)
-        ]
-        try:
-            feed = Feed(memory)
-        except FeedLost as error:
-            raise AttachError(str(error)) from None
-        try:
-            opened: list[dict[str, Any]] = feed.ask(
-                "open", {"recordings": recordings}, "opened", START_SECONDS
-            )
-            return feed, opened
-        except FeedLost as error:
-            feed.close()
-            raise AttachError(str(error)) from None
-        except BaseException:
-            feed.close(LEAVE_SECONDS)
-            raise
-
-    def _give_up(self) -> None:
-        """Let go of a recording that was opened, but is not to begin: nothing of it stays."""
-        feed, self._feed = self._feed, None
-        if feed is not None:
-            feed.close(LEAVE_SECONDS)
-
     def _close(self, status: str) -> None:
-        if not self.active:
+        if os.getpid() != self._process:  # a forked child's copy
+            self._unhook()
+            return
+        was_active = self.active
+        try:
+            if was_active:
+                self._guarded(self._finish)(status)
+        finally:
             self._mourning = False
             self._detach()
-            return
-        try:
-            self._guarded(self._finish)(status)
-        finally:
-            self._detach()
-        self._say(self.summary)
+        if was_active:
+            self._say(self.summary)
 
     def _finish(self, status: str) -> None:
         assert self._feed is not None
@@ -626,49 +571,14 @@ class Recorder:
             _print(text)
 
 
-def _let_go(feed: Feed, tracks: list[Track], share: Share | None) -> None:
+def _let_go(opened: Opened, tracks: list[Track], process: int) -> None:
     """Finish what a recorder handed over that is gone, as is its training: all but a last row."""
-    if share:
-        share.part()
-    _leave(feed, tracks, "finished")
-    feed.close(LEAVE_SECONDS)
-
-
-def _memory(sizes: Sequence[int], streams: int, ranks: int) -> int:
-    """Bytes to reserve for samples on their way to the helper process.
-
-    Parameters
-    ----------
-    sizes : sequence of int
-        Bytes of each matrix.
-    streams : int
-        Matrices taken of each, in one sample.
-    ranks : int
-        That share them.
-    """
-    least, most = RING_BYTES
-    wanted = min(most, max(least, SAMPLES_IN_FLIGHT * streams * sum(sizes) // ranks))
-    return max(max(sizes) + (1 << 20), wanted)
-
-
-def _facts(
-    matrices: Matrices,
-    schedule: Schedule,
-    budget: Budget | None,
-    step: int | None,
-    **options: Any,
-) -> dict[str, str]:
-    """Say what all ranks of one recording must have in common."""
-    table = repr([vars(matrix) for matrix in matrices]).encode()
-    digest = hashlib.blake2b(table, digest_size=4).hexdigest()
-    said = {
-        "the model": f"{len(matrices)} matrices ({digest})",
-        **{name: value for name, value in vars(schedule).items() if name != "first"},
-        "budget": budget.share if budget else None,
-        "step": step,
-        **options,
-    }
-    return {name: str(value) for name, value in said.items()}
+    if os.getpid() != process:  # a forked child's copy
+        return
+    if opened.share:
+        opened.share.part()
+    _leave(opened.feed, tracks, "finished")
+    opened.feed.close(LEAVE_SECONDS)
 
 
 def _leave(feed: Feed, tracks: list[Track], status: str) -> None:

@@ -15,7 +15,7 @@ import pytest
 import torch
 from torch import Tensor, nn
 
-from normuon_lens.hooks import Recorder, applied, attach, recorder
+from normuon_lens.hooks import Recorder, applied, attach, opening
 from normuon_lens.hooks.tap import Look
 from normuon_lens.hooks.track import Track
 from normuon_lens.optim import NorMuon
@@ -30,7 +30,7 @@ PREPARE = """
 import json, os
 import torch
 from torch import nn
-from normuon_lens.hooks import attach, recorder
+from normuon_lens.hooks import attach, opening
 from normuon_lens.optim import NorMuon
 
 torch.set_num_threads(1)
@@ -144,8 +144,8 @@ def test_memory_of_attaching(rule: str, stages: bool, copies: int, tmp_path: Pat
     script = f"{PREPARE}\nRULE, STAGES = {rule!r}, {stages!r}\n{ATTACHED}"
     own, shared = run_script(script, tmp_path)
     weights = 2 * 4096 * 256 * 4
-    ring = recorder.SAMPLES_IN_FLIGHT * weights * (4 if stages else 1)
-    assert recorder.RING_BYTES[0] <= ring <= recorder.RING_BYTES[1]
+    ring = opening.SAMPLES_IN_FLIGHT * weights * (4 if stages else 1)
+    assert opening.RING_BYTES[0] <= ring <= opening.RING_BYTES[1]
     # An eighth of room for what is small: row norms, headers, the ends of pipes.
     assert copies * weights <= own <= (copies + 0.125) * weights
     assert weights <= shared <= ring + 0.125 * weights

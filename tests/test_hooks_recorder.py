@@ -476,7 +476,7 @@ def test_error_in_a_hook_is_a_warning_or_raised(tmp_path: Path) -> None:
 
 
 def test_full_ring_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normuon_lens.hooks.recorder.RING_BYTES", (1 << 18, 1 << 18))
+    monkeypatch.setattr("normuon_lens.hooks.opening.RING_BYTES", (1 << 18, 1 << 18))
     model = nn.Linear(256, 256, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     lens = attach(model, optimizer, tmp_path / "x.h5", every=1)
@@ -496,7 +496,7 @@ def test_full_ring_drops_and_counts(tmp_path: Path, monkeypatch: pytest.MonkeyPa
 
 
 def test_waiting_records_every_sample(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> None:
-    monkeypatch.setattr("normuon_lens.hooks.recorder.RING_BYTES", (1 << 18, 1 << 18))
+    monkeypatch.setattr("normuon_lens.hooks.opening.RING_BYTES", (1 << 18, 1 << 18))
     model = nn.Linear(128, 128, bias=False)
     optimizer = torch.optim.SGD(model.parameters(), 1e-2)
     with attach(model, optimizer, tmp_path / "x.h5", every=1, on_full="wait") as lens:
