@@ -68,7 +68,7 @@ class Turn(NamedTuple):
 def main() -> None:
     """Start the ranks, or be one."""
     parser = argparse.ArgumentParser(description=(__doc__ or "").splitlines()[0])
-    parser.add_argument("--steps", type=int, default=120, help="measured steps a variant")
+    parser.add_argument("--steps", type=int, default=80, help="measured steps a variant")
     parser.add_argument("--ranks", type=int, default=2)
     given = parser.parse_args()
     if "RANK" not in os.environ:

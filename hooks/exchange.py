@@ -32,6 +32,9 @@ ROWS_SECONDS = 120.0
 WELL, FAILED = 0, 1
 NO_ROWS = np.empty((0, 0), np.float32)
 
+_in_use: set[Any] = set()
+"""Groups that are not hung up: no forked child may end its copy of one, whose threads it lacks."""
+
 
 class ExchangeLost(Exception):
     """The ranks no longer record together; the text says why."""
@@ -142,6 +145,7 @@ class Exchange:
         matrices: Matrices,
     ) -> None:
         self.bytes = 0
+        _in_use.add(group)
         self._group, self._rank, self._ranks = group, rank, ranks
         self._watched, self._portions, self._matrices = watched, portions, matrices
         self._outbox: Outbox = {}
@@ -229,6 +233,7 @@ class Exchange:
 
     def close(self) -> None:
         """Hang up: whoever waits for this rank need wait no longer."""
+        _in_use.discard(self._group)
         self._group = self._parcel = None
 
     def _hear(self, word: torch.Tensor) -> torch.Tensor:

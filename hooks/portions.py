@@ -107,8 +107,9 @@ def shared_by(
         if sharded is not None and (refusal(sharded) or missing_rows(sharded)):
             raise AttachError(
                 f"{name} is placed as {sharded.placements} on a mesh of shape "
-                f"{tuple(sharded.device_mesh.shape)}; only whole rows over one dimension, as "
-                f"fully_shard deals them, can be recorded: leave it out by exclude={name!r}"
+                f"{tuple(sharded.device_mesh.shape)}; only whole rows over one dimension of "
+                "ascending ranks, as fully_shard deals them, can be recorded: leave it out by "
+                f"exclude={name!r}"
             )
         if isinstance(optimizer, Muon | NorMuon):  # plain tensors are known to be replicas then
             members = optimizer.sharers()

@@ -899,8 +899,21 @@ def test_no_collective_of_the_training_is_used(tmp_path: Path) -> None:
         expect_true(open_run(tmp_path / f"count-{kind}.h5"), told[0][kind])
 
 
+def close_in_a_child(training: Training) -> None:
+    """Have a forked process close its copy of the recorder, and let go of it."""
+    child = os.fork()
+    if child == 0:
+        try:
+            training.recorder.close()
+            training.lens = None
+            gc.collect()
+        finally:
+            os._exit(0)
+    assert os.waitpid(child, 0)[1] == 0
+
+
 def groups_come_and_go(folder: Path) -> dict[str, Any]:
-    """More groups after `attach`, two recordings at a time, and an end before close()."""
+    """More groups and a child after `attach`, two recordings at once, an end before close()."""
     told: dict[str, Any] = {"twins": twin("adamw").updates, "normuon": twin("normuon").updates}
     first = Training("adamw", folder / "first.h5")
     second = Training("normuon", folder / "second-normuon.h5")
@@ -908,6 +921,8 @@ def groups_come_and_go(folder: Path) -> dict[str, Any]:
     for step in range(STEPS):
         first.take()
         second.take()
+        if step == 5 and dist.get_rank() == 1:
+            close_in_a_child(first)
         if step in (3, 8):
             group = dist.new_group()
             total = torch.ones(3)
@@ -924,7 +939,7 @@ def groups_come_and_go(folder: Path) -> dict[str, Any]:
     return told | {"same": same}
 
 
-def test_groups_may_come_and_go(tmp_path: Path) -> None:
+def test_groups_and_children_may_come_and_go(tmp_path: Path) -> None:
     told = on_ranks(2, groups_come_and_go, tmp_path)
     assert all(of["same"] == [True] * 4 for of in told)
     for name, kind in (("first", "twins"), ("second-normuon", "normuon")):
