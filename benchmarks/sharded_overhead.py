@@ -179,7 +179,7 @@ def report(
         f"parameters, plain step {1e3 * step:.0f} ms\n"
         f"weights bitwise equal in all variants: {'yes' if equal else 'NO'}\n"
         f"{'against plain training':<42}{'clock':>18}{'ranks CPU':>12}{'machine CPU':>13}"
-        f"{'dropped':>9}{'MB a sample':>13}{'formula':>10}"
+        f"{'dropped':>9}{'kB a sample':>13}{'formula':>10}"
     )
     for name, one, mine, beside, samples in zip(
         VARIANTS, watched, turns, around, SAMPLES, strict=True
@@ -198,7 +198,7 @@ def report(
         )
         if samples:
             sent = statistics.median(turn.sent - plain.sent for turn, plain in both) / samples
-            row += f"{sent / 1e6:>13.3f}{formula(optimizer, shapes, ranks) / 1e6:>10.3f}"
+            row += f"{sent / 1e3:>13.1f}{formula(optimizer, shapes, ranks) / 1e3:>10.1f}"
         print(row)
 
 

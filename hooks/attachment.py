@@ -18,7 +18,7 @@ from normuon_lens.errors import AttachError
 
 from .applied import is_exact
 from .budget import Budget
-from .portions import shared_by
+from .portions import replicas_of, shared_by
 from .recorder import Recorder
 from .schedule import Schedule
 from .selection import Watched, leaf_optimizers, select
@@ -107,8 +107,9 @@ def attach(
         Also a context manager. Without ``with``, close it, or leave that to the interpreter's
         exit. Where weights are sharded (FSDP2, HSDP), or our optimizers share the work, every rank
         calls `attach` with the same arguments, and records its part of the one recording at the
-        first rank's `path`. Under plain data parallelism rank 0 records, and the other ranks'
-        recorders do nothing.
+        first rank's `path`. So they share the work if `model` is a DistributedDataParallel; if only
+        the first rank calls it, or the model inside is given, that one records alone, and the other
+        ranks' recorders do nothing.
 
     Raises
     ------
@@ -139,6 +140,7 @@ def attach(
     rules = shadow_rules(shadow)
     matrices, watched = select(model, optimizers, include, exclude)
     ranks = shared_by(watched, matrices.names, optimizers)
+    replicas = [] if ranks or rules else replicas_of(model)
     if ranks and rules:
         raise AttachError(
             "a shadow needs whole gradients at every step, but these are spread over "
@@ -152,7 +154,8 @@ def attach(
         watched,
         schedule,
         metadata,
-        ranks=ranks,
+        ranks=ranks or replicas,
+        replicated=bool(replicas),
         stages=stages,
         shadow=rules,
         budget=limit,

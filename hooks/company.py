@@ -25,6 +25,8 @@ from .exchange import WORD_SECONDS
 
 MEET_SECONDS = 60.0
 """How long a rank waits in `attach` for the others to call it too."""
+REPLICAS_SECONDS = 5.0
+"""The same where each of them has everything, so that the first can record without the others."""
 POLL_SECONDS = 0.02
 
 Facts = Mapping[str, str]
@@ -43,6 +45,8 @@ class Company:
         Their (global) ranks, ascending. The first leads.
     facts : mapping of str to str
         What the ranks must have in common, and what this rank says of it.
+    patience : float
+        Seconds to wait for the others to come.
 
     Attributes
     ----------
@@ -56,17 +60,17 @@ class Company:
     AttachError
         On all ranks, if they say different things: names the first.
     NobodyCame
-        If not all ranks are there within MEET_SECONDS.
+        If not all ranks are there in time.
     """
 
-    def __init__(self, members: Sequence[int], facts: Facts) -> None:
+    def __init__(self, members: Sequence[int], facts: Facts, patience: float) -> None:
         self.members = list(members)
         self.rank, self.lead = dist.get_rank(), members[0]
         self.place = self.members.index(self.rank)
         # The store that the processes of the training met at. It is not part of torch's face, but
         # the only way to it that works for every way of launching.
         place = PrefixStore(f"normuon-lens/{_short(self.members)}", _get_default_store())
-        self._store = PrefixStore(self._assemble(place), place)
+        self._store = PrefixStore(self._assemble(place, patience), place)
         self._gather(facts)
 
     @property
@@ -156,14 +160,14 @@ class Company:
         text: str = self._store.get(key).decode() if self._store.check([key]) else ""
         return text
 
-    def _assemble(self, place: Store) -> str:
+    def _assemble(self, place: Store, patience: float) -> str:
         """Wait until all members are at a place; returns a name for this one meeting of theirs.
 
         What earlier meetings left there, also those of processes that torchrun has replaced by
         these, counts for nothing: every member brings a word of its own, the first calls out all
         that it finds, and only who hears the word just brought answers.
         """
-        word, called, deadline = uuid.uuid4().hex, "", time.monotonic() + MEET_SECONDS
+        word, called, deadline = uuid.uuid4().hex, "", time.monotonic() + patience
         place.set(f"hello/{self.rank}", word)
         hellos = [f"hello/{rank}" for rank in self.members]
         answers = [f"answer/{rank}" for rank in self.members]
@@ -187,7 +191,12 @@ class Company:
             called = call
             if time.monotonic() > deadline:
                 others = [rank for rank in self.members if rank != self.rank]
-                raise NobodyCame(_who_is_missing(place, meeting, others))
+                missing = _missing(place, meeting, others)
+                raise NobodyCame(
+                    f"attach was not called on rank{'s' * (len(missing) > 1)} "
+                    f"{', '.join(map(str, missing))} within {patience:.0f} s, but the weights are "
+                    "spread over several: call it on every rank"
+                )
             time.sleep(POLL_SECONDS)
 
     def _gather(self, facts: Facts) -> None:
@@ -204,14 +213,9 @@ def _all_say(place: Store, keys: Sequence[str], text: str) -> bool:
     return there and {said.decode() for said in place.multi_get(list(keys))} == {text}
 
 
-def _who_is_missing(place: Store, meeting: str, others: Sequence[int]) -> str:
+def _missing(place: Store, meeting: str, others: Sequence[int]) -> list[int]:
     silent = [rank for rank in others if not place.check([f"hello/{rank}"])]
-    missing = silent or [r for r in others if not _all_say(place, [f"answer/{r}"], meeting)]
-    return (
-        f"attach was not called on rank{'s' * (len(missing) > 1)} "
-        f"{', '.join(map(str, missing))} within {MEET_SECONDS:.0f} s, but the weights are "
-        "spread over several: call it on every rank"
-    )
+    return silent or [r for r in others if not _all_say(place, [f"answer/{r}"], meeting)]
 
 
 def _short(said: object) -> str:

@@ -82,8 +82,9 @@ def open_together(
     facts: Mapping[str, str],
     watched: Sequence[Watched],
     optimizers: Sequence[torch.optim.Optimizer],
+    patience: float,
 ) -> Opened:
-    """Begin to record on several (global) ranks, which all call this.
+    """Begin to record on several (global) ranks, which all call this within `patience` seconds.
 
     Raises
     ------
@@ -101,7 +102,7 @@ def open_together(
         return opened | {"path": str(place.paths[0].absolute())}
 
     try:
-        share, opened = join(ranks, facts, plan.matrices, watched, optimizers, open_part)
+        share, opened = join(ranks, facts, plan.matrices, watched, optimizers, open_part, patience)
     except BaseException:
         for feed in feeds:
             feed.close(LEAVE_SECONDS)

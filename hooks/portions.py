@@ -10,6 +10,7 @@ from collections.abc import Sequence
 from dataclasses import dataclass
 
 import torch
+from torch.nn.parallel import DistributedDataParallel
 
 from normuon_lens.errors import AttachError
 from normuon_lens.optim import Muon, NorMuon
@@ -124,6 +125,26 @@ def shared_by(
             "record them separately, by include= and a path each"
         )
     return list(next(iter(found), ()))
+
+
+def replicas_of(model: torch.nn.Module) -> list[int]:
+    """Return the (global) ranks that train replicas of a model, ascending.
+
+    Parameters
+    ----------
+    model : torch.nn.Module
+
+    Returns
+    -------
+    list of int
+        Empty unless it is, or wraps, a DistributedDataParallel of more than one rank: that plain
+        tensors are equal on all ranks can be known by nothing else.
+    """
+    for module in model.modules():
+        if isinstance(module, DistributedDataParallel):
+            ranks = sorted(torch.distributed.get_process_group_ranks(module.process_group))
+            return ranks if len(ranks) > 1 else []
+    return []
 
 
 def portions_of(

@@ -30,6 +30,7 @@ from normuon_lens.errors import AttachError
 from normuon_lens.runfile import Matrices
 from normuon_lens.runfile.schema import parts_of
 
+from . import company
 from .applied import Weights, update_tap
 from .budget import Budget
 from .company import NobodyCame
@@ -77,6 +78,7 @@ class Recorder:
         metadata: dict[str, Any],
         *,
         ranks: list[int],
+        replicated: bool,
         stages: bool,
         shadow: dict[str, dict[str, Any]],
         budget: Budget | None,
@@ -127,15 +129,21 @@ class Recorder:
         try:
             if ranks:
                 facts = facts_of(matrices, schedule, budget, step, stages=stages, **options)
-                opened = open_together(plan, ranks, facts, watched, optimizers)
+                patience = company.REPLICAS_SECONDS if replicated else company.MEET_SECONDS
+                opened = open_together(plan, ranks, facts, watched, optimizers, patience)
             else:
                 opened = open_alone(plan)
         except NobodyCame as error:
-            if on_error == "raise":
-                raise AttachError(str(error)) from None
-            self._failure = f"nothing is recorded at {path}: {error}"
-            self._warn(self._failure)
-            return
+            if not replicated:
+                if on_error == "raise":
+                    raise AttachError(str(error)) from None
+                self._failure = f"nothing is recorded at {path}: {error}"
+                self._warn(self._failure)
+                return
+            if (rank := _rank()) != ranks[0]:
+                self._failure = f"rank {rank} does not record: rank {ranks[0]} does"
+                return
+            opened = open_alone(plan)
         self._feed, self._paths, last_step, self._share = opened
         self.path = self._paths[0]
         self._quiet = quiet or not self._leads
@@ -161,7 +169,7 @@ class Recorder:
                     optimizer.register_load_state_dict_post_hook(self._guarded(self._loaded)),
                 ]
         atexit.register(self._at_exit)
-        together = f", {len(ranks)} ranks together" if ranks else ""
+        together = f", {len(ranks)} ranks together" if self._share else ""
         self._say(f"recording {_name_some(matrices)} to {path}{together}")
 
     # -- face --------------------------------------------------------------------------------

@@ -205,7 +205,7 @@ def matrix_view(parameter: torch.Tensor) -> torch.Tensor:
 
     A convolution's row is all that belongs to one entry of its first axis. There may be no rows.
     """
-    return local(parameter.detach()).flatten(1)
+    return local(parameter).detach().flatten(1)
 
 
 def _is_recordable(parameter: torch.Tensor) -> bool:

@@ -122,6 +122,7 @@ def join(
     watched: Sequence[Watched],
     optimizers: Sequence[torch.optim.Optimizer],
     open_part: OpenPart,
+    patience: float,
 ) -> tuple[Share, dict[str, Any]]:
     """Begin to record together with other ranks, which call this too.
 
@@ -138,6 +139,8 @@ def join(
     optimizers : sequence of torch.optim.Optimizer
     open_part : callable
         See :data:`OpenPart`.
+    patience : float
+        Seconds to wait for the others to come.
 
     Returns
     -------
@@ -152,7 +155,7 @@ def join(
     NobodyCame
         If not all ranks are there in time.
     """
-    company = Company(ranks, facts)
+    company = Company(ranks, facts, patience)
     portions = portions_of(watched, optimizers, ranks)
     rows = recorded_rows(portions, matrices, company.place)
     shard = Shard(company.rank, tuple(ranks), None, rows)

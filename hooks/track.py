@@ -83,13 +83,16 @@ class Track:
 
         See :class:`normuon_lens.hooks.tap.Take`.
         """
+        sampled = self._spectra or self._keep
+        if not (sampled or self._width(stage, item)):
+            return
         if matrix.dtype in NARROW:
             matrix = matrix.float()
         neurons = item.by_neurons(matrix)
         norms = torch.linalg.vector_norm(neurons, dim=1)
         if self._width(stage, item):
             self._norms.append((item, stage, norms if scale == 1.0 else norms * abs(scale)))
-        if not (self._spectra or self._keep):
+        if not sampled:
             return
         if self._share and not self._share.is_whole(item, stage):
             offer = self._share.exchange.offer

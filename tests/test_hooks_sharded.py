@@ -268,6 +268,13 @@ def test_only_rows_that_the_owner_lacks_are_sent_and_only_at_sampled_steps(four:
                 assert 48 * 12 < count < most
 
 
+def test_of_replicas_each_records_a_share_and_only_a_word_is_sent(two: Launch) -> None:
+    sampled = open_run(two.folder / "ddp.h5").spectrum_steps().tolist()
+    sent = sent_a_step(two, "ddp")
+    assert [step for step, count in sent.items() if count] == sampled
+    assert {sent[step] for step in sampled} == {48 * 2}
+
+
 # --- what is refused -----------------------------------------------------------------------------
 
 
