@@ -16,7 +16,7 @@ help:
 	@echo "make demo     set up, train three optimizers side by side, watch them in the browser"
 	@echo "make test     set up, then lint, check types and run all tests (installs Chromium)"
 	@echo "make samples  record sample_runs/*.h5 anew"
-	@echo "make benchmarks   measure what recording and an optimizer step cost, side by side (45 minutes)"
+	@echo "make benchmarks   measure what recording and an optimizer step cost, side by side (an hour)"
 	@echo "make clean    remove what these commands made"
 
 demo: $(VENV)/ready
@@ -48,6 +48,7 @@ samples: $(VENV)/ready
 benchmarks: $(VENV)/ready
 	@$(PIP) install -q -c constraints.txt -e '.[benchmarks]'
 	$(BIN)/python benchmarks/recording_overhead.py
+	$(BIN)/python benchmarks/sharded_overhead.py
 	$(BIN)/python benchmarks/optimizer_step.py
 
 clean:
