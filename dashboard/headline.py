@@ -7,7 +7,7 @@ from typing import NamedTuple
 import numpy as np
 
 from normuon_lens.analysis.comparison import final_loss
-from normuon_lens.analysis.settled import SKIP, finite_median, settled
+from normuon_lens.analysis.settled import SKIP, finite_median, is_bound, settled
 from normuon_lens.metrics import CATALOGUE
 
 from .store import Entry
@@ -18,10 +18,19 @@ BALANCED = CATALOGUE["neuron_cv"].healthy["NorMuon"][1]
 
 
 class Share(NamedTuple):
-    """How many of the matrices that were measured exceed what is healthy."""
+    """How many of the matrices that were measured exceed what is healthy.
+
+    Attributes
+    ----------
+    bad, of : int
+        Matrices that do, and all of which it can be told.
+    unknown : int
+        Matrices of which only a lower bound is known, which is healthy.
+    """
 
     bad: int
     of: int
+    unknown: int
 
 
 class Headline(NamedTuple):
@@ -31,6 +40,8 @@ class Headline(NamedTuple):
     ----------
     condition, imbalance : float
         Medians over all matrices and all steps beyond the first `SKIP`.
+    is_lower_bound : bool
+        Whether most of the condition numbers are lower bounds, and so is their median.
     loss : float
         Mean of the last losses logged.
     ill_conditioned, imbalanced : Share
@@ -41,6 +52,7 @@ class Headline(NamedTuple):
     """
 
     condition: float
+    is_lower_bound: bool
     imbalance: float
     loss: float
     ill_conditioned: Share
@@ -52,18 +64,23 @@ def headline(entry: Entry, stage: str) -> Headline:
     """Return a readable run's headline figures at a stage."""
     assert entry.run is not None
     condition = settled(entry.series("condition_number", stage))
+    bound = settled(entry.series("condition_is_lower_bound", stage))
     evenness = entry.series("neuron_cv", stage)
     imbalance = settled(evenness)
     return Headline(
         condition=finite_median(condition),
+        is_lower_bound=is_bound(condition, bound),
         imbalance=finite_median(imbalance),
         loss=final_loss(entry.run),
-        ill_conditioned=_share(condition, EVEN),
-        imbalanced=_share(imbalance, BALANCED),
+        ill_conditioned=_share(condition, EVEN, bound),
+        imbalanced=_share(imbalance, BALANCED, np.zeros_like(imbalance)),
         early=len(evenness.steps) > 0 and not (evenness.steps > SKIP).any(),
     )
 
 
-def _share(values: np.ndarray, limit: float) -> Share:
+def _share(values: np.ndarray, limit: float, bound: np.ndarray) -> Share:
     medians = np.array([finite_median(column) for column in values.T])
-    return Share(int((medians > limit).sum()), int(np.isfinite(medians).sum()))
+    bounds = np.array([is_bound(*pair) for pair in zip(values.T, bound.T, strict=True)], dtype=bool)
+    unknown = int((bounds & (medians <= limit)).sum())
+    measured = int(np.isfinite(medians).sum())
+    return Share(int((medians > limit).sum()), measured - unknown, unknown)

@@ -295,6 +295,7 @@ def _card(name: str, style: Style, figures: Headline) -> Any:
                         "condition number",
                         figures.condition,
                         _verdict(figures.ill_conditioned, "ill-conditioned", "well conditioned"),
+                        at_least=figures.is_lower_bound,
                     ),
                     _figure(
                         "neuron imbalance",
@@ -311,8 +312,8 @@ def _card(name: str, style: Style, figures: Headline) -> Any:
     )
 
 
-def _figure(label: str, value: float, verdict: list[Any]) -> Any:
-    shown = "–" if math.isnan(value) else _three_digits(value)
+def _figure(label: str, value: float, verdict: list[Any], *, at_least: bool = False) -> Any:
+    shown = "–" if math.isnan(value) else "≥ " * at_least + _three_digits(value)
     return html.Div(
         [html.Div(label, className="label"), html.Div(shown, className="value"), *verdict],
         className="figure",
@@ -320,11 +321,15 @@ def _figure(label: str, value: float, verdict: list[Any]) -> Any:
 
 
 def _verdict(share: Share, bad: str, good: str) -> list[Any]:
-    if not share.of:
+    total = share.of + share.unknown
+    if not total:
         return []
+    if not share.of:
+        return [html.Div("lost in rounding", className="verdict unknown")]
     if not share.bad:
-        return [html.Div(f"all {good}", className="verdict good")]
-    count = f"all {share.of}" if share.bad == share.of else f"{share.bad} of {share.of}"
+        count = f"{share.of} of {total}" if share.unknown else "all"
+        return [html.Div(f"{count} {good}", className="verdict good")]
+    count = f"all {total}" if share.bad == total else f"{share.bad} of {total}"
     return [html.Div(f"{count} {bad}", className="verdict bad")]
 
 

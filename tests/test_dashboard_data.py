@@ -17,7 +17,7 @@ from normuon_lens.dashboard.app import (
     steered,
 )
 from normuon_lens.dashboard.headline import headline
-from normuon_lens.dashboard.layout import run_list, waiting_text
+from normuon_lens.dashboard.layout import headlines, run_list, waiting_text
 from normuon_lens.dashboard.link import Link, read_link
 from normuon_lens.dashboard.panels import PANELS, View
 from normuon_lens.dashboard.store import Store
@@ -307,12 +307,33 @@ def test_the_headline_says_who_is_ill_conditioned_and_who_imbalanced(folder):
     store = Store([folder])
     adamw, muon = (headline(entry, "update") for entry in store.entries)
     assert adamw.condition == pytest.approx(200, rel=1e-6)
-    assert adamw.ill_conditioned == (6, 6)
+    assert adamw.ill_conditioned == (6, 6, 0)
     assert muon.condition == pytest.approx(2, rel=1e-6)
-    assert muon.ill_conditioned == (0, 6)
+    assert muon.ill_conditioned == (0, 6, 0)
+    assert not adamw.is_lower_bound
+    assert not muon.is_lower_bound
     assert adamw.loss == pytest.approx(np.mean(4 / np.sqrt(np.arange(21, 41))))
     assert not adamw.early
     assert adamw.imbalance > 0
+
+
+def test_the_headline_gives_no_verdict_on_what_is_lost_in_rounding(tmp_path):
+    """Of three matrices, in one the floor hides all that is below σ₁, and in one below σ₁/500."""
+    table = Matrices([Matrix(name, 4, 4) for name in ("hidden", "known", "at least 500")])
+    writer = Writer(tmp_path / "x.h5", {"optimizer": "AdamW"}, table)
+    sigma = np.array([1, 0.9, 0.8, 0.7, 1, 0.9, 0.8, 0.5, 1, 0.9, 0.8, 1e-6])
+    for step in range(21, 27):
+        writer.step(step, float(step), scalars={}, norms={"update": np.ones(12)})
+        # Every other step moves nothing: no condition number, and so no bound of one.
+        writer.spectra("update", step, sigma * (step % 2), np.array([2.0, 1e-9, 2e-3]))
+    writer.close()
+    (entry,) = Store([tmp_path]).entries
+    figures = headline(entry, "update")
+    assert figures.ill_conditioned == (1, 2, 1)
+    assert figures.is_lower_bound
+    said = str(headlines([("x", entry.style, figures)]))
+    assert "≥ 2.00" in said
+    assert "1 of 3 ill-conditioned" in said
 
 
 def test_the_headline_of_a_stage_that_was_not_recorded_is_empty_not_early(folder):

@@ -10,6 +10,7 @@ import numpy as np
 import pytest
 import torch
 
+from normuon_lens.errors import LensError
 from normuon_lens.optim import orthogonalize
 from normuon_lens.optim.orthogonalize import (
     COEFFICIENTS,
@@ -523,6 +524,11 @@ def test_many_steps_of_polar_express_reach_the_exact_factor():
     exact = orthogonalize(matrix, "exact")
     torch.testing.assert_close(found, exact, rtol=0, atol=1e-10)
     assert (orthogonalize(matrix, 10) - exact).abs().max() > 0.01  # the quintic never does
+
+
+def test_coefficients_of_another_name_are_refused_in_one_line():
+    with pytest.raises(LensError, match=r"one of quintic, polar_express, got 'cubic'\.$"):
+        orthogonalize(torch.ones(2, 3), coefficients="cubic")
 
 
 # -- batches -------------------------------------------------------------------------------------

@@ -25,3 +25,15 @@ def finite_median(values: np.ndarray) -> float:
     """Return the median of what is finite in `values`; NaN if nothing is."""
     finite = values[np.isfinite(values)]
     return float(np.median(finite)) if finite.size else math.nan
+
+
+def is_bound(values: np.ndarray, bounds: np.ndarray) -> bool:
+    """Tell whether most of what is finite in `values` is a lower bound, and so is its median.
+
+    Parameters
+    ----------
+    values, bounds : ndarray of one shape
+        The second is not zero where a value is a lower bound.
+    """
+    finite = np.isfinite(values)
+    return bool(finite.any() and np.mean(bounds[finite] != 0) > 0.5)

@@ -37,7 +37,7 @@ def _summarise(run: Run, skip: int) -> dict[str, Any]:
     from normuon_lens.analysis import measure
     from normuon_lens.analysis.comparison import final_loss
     from normuon_lens.analysis.remarks import remarks
-    from normuon_lens.analysis.settled import finite_median, settled
+    from normuon_lens.analysis.settled import finite_median, is_bound, settled
 
     measured = {
         name: settled(measure(run, name), skip=skip)
@@ -49,7 +49,7 @@ def _summarise(run: Run, skip: int) -> dict[str, Any]:
             "matrix": matrix.name,
             "shape": [matrix.m, matrix.n],
             **{metric: finite_median(measured[metric][:, i]) for metric in COLUMNS},
-            BOUND: finite_median(measured[BOUND][:, i]) > 0.5,
+            BOUND: is_bound(measured["condition_number"][:, i], measured[BOUND][:, i]),
         }
         for i, matrix in enumerate(run.table if measured else [])
     ]

@@ -7,6 +7,8 @@ from typing import TypeAlias
 import torch
 from torch import Tensor
 
+from normuon_lens.errors import LensError
+
 Quintic: TypeAlias = tuple[float, float, float]
 
 # X -> aX + bX(X'X) + cX(X'X)^2 with (a, b, c), one triple an iteration; the last one repeats.
@@ -110,6 +112,11 @@ def orthogonalize(
     Tensor of the shape of `matrix`
         A new tensor in the dtype of `matrix`. The zero matrix gives the zero matrix.
 
+    Raises
+    ------
+    LensError
+        For coefficients of another name.
+
     Notes
     -----
     In float32 on a CPU half of every symmetric product is left out, and an elongated matrix is
@@ -125,6 +132,9 @@ def orthogonalize(
     [NorMuon, arXiv 2510.05491, Algorithm 1, line NS5].
     Amsel et al., "The Polar Express" (2025), arXiv 2505.16932.
     """
+    if coefficients not in COEFFICIENTS:
+        known = ", ".join(COEFFICIENTS)
+        raise LensError(f"coefficients must be one of {known}, got {coefficients!r}.")
     if steps == "exact":
         return polar_factor(matrix)
     if dtype is None:
