@@ -313,7 +313,7 @@ def _card(name: str, style: Style, figures: Headline) -> Any:
 
 
 def _figure(label: str, value: float, verdict: list[Any], *, at_least: bool = False) -> Any:
-    shown = "–" if math.isnan(value) else "≥ " * at_least + _three_digits(value)
+    shown = "–" if math.isnan(value) else "≥\N{NO-BREAK SPACE}" * at_least + _three_digits(value)
     return html.Div(
         [html.Div(label, className="label"), html.Div(shown, className="value"), *verdict],
         className="figure",

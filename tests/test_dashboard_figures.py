@@ -145,6 +145,20 @@ def test_names_are_shown_as_they_are_and_never_as_markup():
     assert "<" not in empty_figure("<b>")["layout"]["annotations"][0]["text"]
 
 
+def test_why_a_panel_is_empty_is_said_in_short_lines():
+    text = "No spectra of stage “orthogonalized” in these runs.\nRecord with stages=True."
+    lines = empty_figure(text)["layout"]["annotations"][0]["text"].split("<br>")
+    assert " ".join(lines) == text.replace("\n", " ")
+    assert max(map(len, lines)) <= 36
+    assert lines[-1] == "Record with stages=True."
+
+
+def test_labels_of_condition_numbers_have_room_where_all_are_one():
+    even = BAND._replace(low=BAND.low * 0 + 1, middle=BAND.low * 0 + 1, high=BAND.low * 0 + 1)
+    # The axis reaches up to the healthy band's end at 100: a label a decade, not one a digit.
+    assert condition_figure([even])["layout"]["yaxis"]["dtick"] == 1
+
+
 def test_thinned_lines_keep_both_ends_and_every_spike():
     values = np.sin(np.arange(50_000) / 900.0)
     values[12_345], values[40_001], values[7] = 9.0, -9.0, np.nan

@@ -3,6 +3,8 @@
 from collections.abc import Sequence
 from typing import Any
 
+import numpy as np
+
 from normuon_lens.metrics import CATALOGUE
 
 from .frame import Band, Figure, cursor, dimmed, layout, log_axis, name_of, numbers
@@ -36,7 +38,8 @@ def condition_figure(
     """
     base = layout(dark, x="optimizer step", y="condition number")
     edges = [edge for one in bands for edge in (one.low, one.high)]
-    base["yaxis"] = log_axis(dark, "condition number", *edges)
+    # The axis reaches over the healthy band, wherever the values are.
+    base["yaxis"] = log_axis(dark, "condition number", np.array(HEALTHY), *edges)
     base["shapes"] = [*cursor(step, dark), *dimmed(until, dark), healthy_band(*HEALTHY, dark)]
     return {"data": [trace for one in bands for trace in _traces(one)], "layout": base}
 

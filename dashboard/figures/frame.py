@@ -4,6 +4,7 @@ from __future__ import annotations
 
 import base64
 import html
+import textwrap
 from collections.abc import Mapping, Sequence
 from typing import Any, NamedTuple
 
@@ -13,6 +14,8 @@ from .palette import Style, faded
 
 Figure = dict[str, Any]
 
+NOTE_WIDTH = 36
+"""Characters of a line where nothing else is shown: as many as the narrowest panel has room for."""
 FONT = "system-ui, -apple-system, 'Segoe UI', Roboto, 'Helvetica Neue', Arial, sans-serif"
 
 
@@ -181,10 +184,11 @@ def inner_legend(dark: bool, x: float, y: float) -> Figure:
 
 
 def empty_figure(text: str, *, dark: bool = False) -> Figure:
-    """Return a picture of nothing that says why: `text`, shown as it is."""
+    """Return a picture of nothing that says why: `text`, in lines that fit the narrowest panel."""
     colours = theme(dark)
+    lines = [line for given in text.splitlines() for line in textwrap.wrap(given, NOTE_WIDTH)]
     note = {
-        "text": "<br>".join(html.escape(line, quote=False) for line in text.splitlines()),
+        "text": "<br>".join(html.escape(line, quote=False) for line in lines),
         "x": 0.5,
         "y": 0.5,
         "xref": "paper",
