@@ -126,14 +126,17 @@ class Track:
             }
             self._feed.send("weights", header, arrays, wait=self._wait)
             return
-        norm = float(np.linalg.norm(found.values.astype(np.float64)))
+        # See `take`; a norm that the rounding of weights makes needless is not computed.
+        noise = found.weight_norm
+        if not found.rounded:
+            noise = float(np.linalg.norm(found.values.astype(np.float64)))
         self._send(
             found.item,
             found.stage,
             found.values,
             decay=found.decay,
             weight_norm=found.weight_norm if found.stage == "update" else math.nan,
-            noise_norm=found.weight_norm if found.rounded else norm,
+            noise_norm=noise,
             noise_dtype=found.rounded or "float32",
         )
 
