@@ -170,6 +170,8 @@ class Track:
         if not self._norms:
             return
         norms = torch.cat([norm for _, _, norm in self._norms]).to("cpu", torch.float32).numpy()
+        # NaN stands for what was not taken: a norm that is NaN is told apart from it.
+        norms[np.isnan(norms)] = np.inf
         start = 0
         for item, stage, norm in self._norms:
             self._row(stage)[self._columns(stage, item)] = norms[start : start + len(norm)]

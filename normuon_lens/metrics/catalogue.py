@@ -364,6 +364,16 @@ _ROWS = (
         neurons.neuron_starved,
     ),
     _row(
+        "neuron_not_finite",
+        "neurons not finite",
+        "count",
+        "#{i : rᵢ = ∞ or not a number}",
+        "Neurons whose update was infinite or not a number. Anything above 0 is a training that has "
+        "diverged, or is about to.",
+        _NORMS,
+        neurons.neuron_not_finite,
+    ),
+    _row(
         "update_rms",
         "update RMS",
         "weight",

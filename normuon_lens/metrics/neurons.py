@@ -196,7 +196,13 @@ def neuron_percentile(norms: ArrayLike, percent: float) -> Floats:
         1 means: as large as the mean. NaN for a void step.
     """
     relative, _ = _relative(norms)
-    return np.asarray(np.percentile(relative, percent, axis=-1) / relative.mean(axis=-1))
+    # As numpy.percentile, which would copy a long history with its axes exchanged.
+    place = percent / 100 * (relative.shape[-1] - 1)
+    low = int(place)
+    high = min(low + 1, relative.shape[-1] - 1)
+    sorted_there = np.partition(relative, [low, high], axis=-1)
+    below, above = sorted_there[..., low], sorted_there[..., high]
+    return np.asarray((below + (place - low) * (above - below)) / relative.mean(axis=-1))
 
 
 @np.errstate(all="ignore")
@@ -269,6 +275,22 @@ def neuron_starved(norms: ArrayLike) -> Floats:
     relative, _ = _relative(norms)
     mean = relative.mean(axis=-1, keepdims=True)
     return np.where(mean[..., 0] > 0, (relative < STARVED * mean).mean(axis=-1), np.nan)
+
+
+def neuron_not_finite(norms: ArrayLike) -> Floats:
+    """Count the rows whose norm was recorded and is not finite.
+
+    Parameters
+    ----------
+    norms : array_like of shape (..., m)
+        Row norms; NaN where none was recorded, ∞ where one was not finite.
+
+    Returns
+    -------
+    ndarray of shape (...), float64
+        From 0 to m.
+    """
+    return np.asarray(np.isinf(norms).sum(axis=-1), dtype=np.float64)
 
 
 def starved_streak(norms: ArrayLike) -> NDArray[np.int64]:
