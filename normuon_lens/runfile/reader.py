@@ -209,7 +209,7 @@ class Run:
         Returns
         -------
         ndarray of shape (T, m), float32
-            NaN in steps whose norms were not taken.
+            NaN in steps whose norms were not taken, ∞ where a norm was not finite.
 
         Raises
         ------
@@ -219,15 +219,24 @@ class Run:
         columns = self.table.rows(self._index_of(matrix))
         return self._over_steps(f"neurons/{stage}", columns)
 
-    def all_neuron_norms(self, stage: str = "update", after: int = 0) -> np.ndarray:
+    def all_neuron_norms(
+        self, stage: str = "update", after: int = 0, until: int | None = None
+    ) -> np.ndarray:
         """Row L2 norms of all matrices side by side, at the recorded steps beyond `after`.
+
+        Parameters
+        ----------
+        stage : str
+        after : int
+        until : int, optional
+            Last step wanted: a long history need not be in memory at once.
 
         Returns
         -------
         ndarray of shape (T', Σm), float32
             Rows as ``run.steps[run.steps > after]``, columns as ``run.table.rows(i)`` says.
         """
-        return self._over_steps(f"neurons/{stage}", slice(None), after)
+        return self._over_steps(f"neurons/{stage}", slice(None), after, until)
 
     def spectrum_steps(self, stage: str = "update") -> np.ndarray:
         """Return the sampled steps (Ts,) of a stage's spectra, ascending."""
@@ -494,11 +503,14 @@ class Run:
             self._gather(f"spectra/{stage}/weight_norm", places, matrices),
         )
 
-    def _over_steps(self, path: str, columns: slice, after: int = 0) -> np.ndarray:
+    def _over_steps(
+        self, path: str, columns: slice, after: int = 0, until: int | None = None
+    ) -> np.ndarray:
         if not any(path in source.paths for source in self._sources):
             raise RunError(f"{self.path}: no {path} recorded; it has {', '.join(self.stages)}")
         width = len(range(*columns.indices(self.table.total_rows)))
-        wanted = self._order[np.searchsorted(self.steps, after, side="right") :]
+        stop = None if until is None else np.searchsorted(self.steps, until, side="right")
+        wanted = self._order[np.searchsorted(self.steps, after, side="right") : stop]
         values = np.full((len(wanted), width), np.nan, dtype=np.float32)
         first = 0
         for source in self._sources:
@@ -507,7 +519,8 @@ class Run:
                 rows = wanted[here] - first
                 low = int(rows.min())
                 block = source.read(path, (slice(low, int(rows.max()) + 1), columns))
-                values[here] = block[rows - low]
+                in_order = len(block) == len(rows) and bool((np.diff(rows) == 1).all())
+                values[here] = block if in_order else block[rows - low]
             first += source.rows
         return values
 
