@@ -12,12 +12,15 @@ JSON values, and carries exactly the numbers it was given.
 """
 
 from .condition import condition_figure
-from .frame import Band, Curve, Grid, empty_figure
+from .frame import Band, Curve, Grid, Marks, empty_figure
 from .imbalance import imbalance_figure
 from .loss import Loss, loss_figure
+from .matrix import Update, matrix_figure
 from .neurons import neurons_figure
+from .numbers import csv_of, summary_of, table_of
 from .palette import Style, faded, style_of, variant
 from .spectrum import spectrum_figure
+from .stages import Stages, stages_figure
 from .timeline import timeline_figure
 
 __all__ = [
@@ -25,15 +28,23 @@ __all__ = [
     "Curve",
     "Grid",
     "Loss",
+    "Marks",
+    "Stages",
     "Style",
+    "Update",
     "condition_figure",
+    "csv_of",
     "empty_figure",
     "faded",
     "imbalance_figure",
     "loss_figure",
+    "matrix_figure",
     "neurons_figure",
     "spectrum_figure",
+    "stages_figure",
     "style_of",
+    "summary_of",
+    "table_of",
     "timeline_figure",
     "variant",
 ]

@@ -7,9 +7,10 @@ import numpy as np
 
 from normuon_lens.metrics import CATALOGUE
 
-from .frame import Band, Figure, cursor, dimmed, layout, log_axis, name_of, numbers
-from .frame import band as healthy_band
+from .frame import Band, Figure, Marks, layout, log_axis, meaning, name_of, numbers
 from .palette import faded
+from .shapes import band as healthy_band
+from .shapes import cursor, dimmed, marks_together
 
 TITLE = "Condition number"
 READING = (
@@ -21,7 +22,12 @@ HEALTHY = CATALOGUE["condition_number"].healthy["NorMuon"]
 
 
 def condition_figure(
-    bands: Sequence[Band], *, until: int = 0, step: int | None = None, dark: bool = False
+    bands: Sequence[Band],
+    *,
+    marks: Sequence[Marks] = (),
+    until: int = 0,
+    step: int | None = None,
+    dark: bool = False,
 ) -> Figure:
     """Return condition numbers over steps, a median and a band a run, on a log axis.
 
@@ -29,6 +35,8 @@ def condition_figure(
     ----------
     bands : sequence of Band
         Median, 10th and 90th percentile over the matrices; NaN where there is none.
+    marks : sequence of Marks
+        One a band, or none.
     until : int
         Last of the steps to veil.
     step : int, optional
@@ -40,7 +48,13 @@ def condition_figure(
     edges = [edge for one in bands for edge in (one.low, one.high)]
     # The axis reaches over the healthy band, wherever the values are.
     base["yaxis"] = log_axis(dark, "condition number", np.array(HEALTHY), *edges)
-    base["shapes"] = [*cursor(step, dark), *dimmed(until, dark), healthy_band(*HEALTHY, dark)]
+    colours = [one.style.colour for one in bands]
+    base["shapes"] = [
+        *cursor(step, dark),
+        *dimmed(until, dark),
+        healthy_band(*HEALTHY, dark),
+        *marks_together(marks, colours, dark),
+    ]
     return {"data": [trace for one in bands for trace in _traces(one)], "layout": base}
 
 
@@ -61,7 +75,17 @@ def _traces(band: Band) -> list[Figure]:
     fill = {"fill": "tonexty", "fillcolor": faded(band.style.colour, 0.16)}
     line = {"color": band.style.colour, "dash": band.style.dash, "width": 2}
     return [
-        {**common, **edge, "y": numbers(band.high)},
-        {**common, **edge, **fill, "y": numbers(band.low)},
-        {**common, "y": numbers(band.middle), "line": line, "hovertemplate": "%{y:.3g}"},
+        {**common, **edge, "y": numbers(band.high), "meta": _what("90 %")},
+        {**common, **edge, **fill, "y": numbers(band.low), "meta": _what("10 %")},
+        {
+            **common,
+            "y": numbers(band.middle),
+            "line": line,
+            "hovertemplate": "%{y:,.3~r}",
+            "meta": _what("median"),
+        },
     ]
+
+
+def _what(series: str) -> Figure:
+    return meaning("optimizer step", "condition number", series=series)

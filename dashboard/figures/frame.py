@@ -1,4 +1,4 @@
-"""What all pictures share: the two themes, axes, the cursor, and how arrays are written down."""
+"""What all pictures share: the two themes, axes, and how arrays are written down."""
 
 from __future__ import annotations
 
@@ -47,6 +47,24 @@ class Grid(NamedTuple):
     steps: np.ndarray
     rows: Sequence[Any]
     values: np.ndarray
+
+
+class Marks(NamedTuple):
+    """Steps of one run, int64, that need a mark on the time axis.
+
+    Attributes
+    ----------
+    void : ndarray
+        Steps that moved nothing.
+    dropped : ndarray
+        Steps whose sample the recorder had to let go.
+    not_finite : ndarray
+        Steps with a NaN or an infinity.
+    """
+
+    void: np.ndarray
+    dropped: np.ndarray
+    not_finite: np.ndarray
 
 
 class Theme(NamedTuple):
@@ -135,13 +153,16 @@ def layout(dark: bool, *, x: str, y: str, **more: Any) -> Figure:
             "itemdoubleclick": False,
         },
         "xaxis": axis(dark, x),
-        "yaxis": axis(dark, y),
+        "yaxis": axis(dark, y, automargin=True),
         **more,
     }
 
 
 def axis(dark: bool, title: str = "", **more: Any) -> Figure:
-    """Return an axis without ornaments: no zero line, faint grid, quiet title."""
+    """Return an axis without ornaments: no zero line, faint grid, quiet title.
+
+    Its labels must fit the margin, unless it asks for ``automargin``: that costs another layout.
+    """
     colours = theme(dark)
     return {
         "title": {"text": title, "font": {"size": 12, "color": colours.soft}, "standoff": 8},
@@ -150,7 +171,6 @@ def axis(dark: bool, title: str = "", **more: Any) -> Figure:
         "tickfont": {"size": 11, "color": colours.soft},
         "zeroline": False,
         "ticks": "",
-        "automargin": True,
         **more,
     }
 
@@ -166,7 +186,7 @@ def log_axis(dark: bool, title: str, *values: np.ndarray) -> Figure:
     dtick: str | int = max(1, round(decades / 4))
     if decades < 2:
         dtick = "D1" if decades < 0.7 else "D2"  # every digit; 1, 2 and 5
-    return axis(dark, title, type="log", tickformat="~g", dtick=dtick)
+    return axis(dark, title, type="log", tickformat="~g", dtick=dtick, automargin=True)
 
 
 def inner_legend(dark: bool, x: float, y: float) -> Figure:
@@ -219,6 +239,20 @@ def line_trace(curve: Curve, **more: Any) -> Figure:
     }
 
 
+def meaning(x: str, y: str, **more: Any) -> Figure:
+    """Return what the numbers of a trace are, for its table and its text alternative.
+
+    Parameters
+    ----------
+    x, y : str
+        Names of the columns.
+    **more
+        Further columns: a text for the whole trace, such as ``series="median"``, or a list with a
+        value a point. A heatmap names its values here: ``value="CV"``.
+    """
+    return {"x": x, "y": y, **more}
+
+
 def numbers(values: np.ndarray) -> list[Any]:
     """Return an array as a plain list, None where not finite: a patch needs plain lists."""
     plain: list[Any] = values.tolist()
@@ -234,192 +268,3 @@ def typed(values: np.ndarray) -> Mapping[str, str]:
     """
     image = base64.b64encode(np.ascontiguousarray(values, "<f4").tobytes()).decode()
     return {"dtype": "f4", "bdata": image, "shape": f"{values.shape[0]}, {values.shape[1]}"}
-
-
-# -- shapes --------------------------------------------------------------------------------------
-
-
-def cursor(step: int | None, dark: bool, panels: int = 1) -> list[Figure]:
-    """Return one vertical line a panel at the chosen step; none where none is chosen."""
-    if step is None:
-        return []
-    line = {"color": theme(dark).ink, "width": 1.25}
-    return [_across(panel, "line", step, step, line=line) for panel in range(panels)]
-
-
-def dimmed(until: int, dark: bool, panels: int = 1) -> list[Figure]:
-    """Return a veil over the steps up to `until`, which say little about an optimizer."""
-    veil = {"fillcolor": faded(theme(dark).paper, 0.62), "line": {"width": 0}}
-    return [_across(panel, "rect", 0.5, until + 0.5, **veil) for panel in range(panels)]
-
-
-def band(low: float, high: float, dark: bool) -> Figure:
-    """Return the healthy range of y, behind the data."""
-    return {
-        "type": "rect",
-        "xref": "x domain",
-        "x0": 0,
-        "x1": 1,
-        "yref": "y",
-        "y0": low,
-        "y1": high,
-        "layer": "below",
-        "fillcolor": theme(dark).healthy,
-        "line": {"width": 0},
-    }
-
-
-def level(y: float, dark: bool) -> Figure:
-    """Return a thin line at a y that means something."""
-    return {
-        "type": "line",
-        "xref": "x domain",
-        "x0": 0,
-        "x1": 1,
-        "yref": "y",
-        "y0": y,
-        "y1": y,
-        "layer": "below",
-        "line": {"color": theme(dark).soft, "width": 1, "dash": "2px,3px"},
-    }
-
-
-def remark(text: str, dark: bool, **place: Any) -> Figure:
-    """Return a small text in the picture, such as what its band means."""
-    return {
-        "text": text,
-        "showarrow": False,
-        "font": {"size": 10.5, "color": theme(dark).soft},
-        **place,
-    }
-
-
-def _across(panel: int, kind: str, left: float, right: float, **more: Any) -> Figure:
-    number = "" if panel == 0 else str(panel + 1)
-    return {
-        "type": kind,
-        "xref": f"x{number}",
-        "x0": left,
-        "x1": right,
-        "yref": f"y{number} domain",
-        "y0": 0,
-        "y1": 1,
-        **more,
-    }
-
-
-# -- heatmaps side by side -----------------------------------------------------------------------
-
-GAP = 0.022
-"""Space between two heatmaps, as a share of the width."""
-LETTERS = 60
-"""Room for the names above the heatmaps; the whole name shows on hovering."""
-
-
-def heatmaps(
-    grids: Sequence[Grid],
-    *,
-    dark: bool,
-    y: str,
-    hover: str,
-    colours: Figure,
-    until: int,
-    step: int | None,
-    **yaxis: Any,
-) -> Figure:
-    """Return one heatmap a run, side by side, with one colour axis and zooming as one.
-
-    Parameters
-    ----------
-    grids : sequence of Grid
-        At least one.
-    y : str
-        Title of the y axis.
-    hover : str
-        Plotly hover template.
-    colours : dict
-        The colour axis.
-    until : int
-        Last of the steps to veil.
-    step : int or None
-        Where the cursor stands.
-    **yaxis
-        Further properties of every y axis.
-    """
-    base = layout(dark, x="optimizer step", y=y, hovermode="closest", coloraxis=colours)
-    base["margin"] = {**base["margin"], "t": 26, "r": 4}
-    del base["xaxis"], base["yaxis"]
-    width = (1 - GAP * (len(grids) - 1)) / len(grids)
-    traces, titles = [], []
-    for i, grid in enumerate(grids):
-        number = "" if i == 0 else str(i + 1)
-        left = i * (width + GAP)
-        shared: Figure = {"matches": "x"} if i else {}
-        base[f"xaxis{number}"] = axis(
-            dark,
-            "" if i else "optimizer step",
-            nticks=5,
-            tickangle=0,
-            domain=[left, min(left + width, 1.0)],
-            anchor=f"y{number}",
-            showgrid=False,
-            **shared,
-        )
-        shared = {"matches": "y", "showticklabels": False} if i else {}
-        base[f"yaxis{number}"] = axis(
-            dark,
-            "" if i else y,
-            anchor=f"x{number}",
-            autorange="reversed",
-            showgrid=False,
-            **yaxis,
-            **shared,
-        )
-        traces.append(
-            {
-                "type": "heatmap",
-                "name": name_of(grid.name),
-                "x": numbers(grid.steps),
-                "y": list(grid.rows),
-                "z": typed(grid.values),
-                "xaxis": f"x{number}",
-                "yaxis": f"y{number}",
-                "coloraxis": "coloraxis",
-                "hovertemplate": hover,
-            }
-        )
-        room = LETTERS // len(grids)
-        name = grid.name if len(grid.name) <= room else f"{grid.name[: room - 1]}…"
-        key = f'<span style="color:{grid.style.colour}">▬</span> {name_of(name)}'
-        titles.append(
-            {
-                "text": key,
-                "showarrow": False,
-                "xref": f"x{number} domain",
-                "x": 0,
-                "xanchor": "left",
-                "yref": "paper",
-                "y": 1,
-                "yanchor": "bottom",
-                "font": {"size": 12, "color": theme(dark).ink},
-            }
-        )
-    base["annotations"] = titles
-    base["shapes"] = cursor(step, dark, len(grids)) + dimmed(until, dark, len(grids))
-    return {"data": traces, "layout": base}
-
-
-def colour_axis(dark: bool, title: str, scale: Sequence[Any], **more: Any) -> Figure:
-    """Return a colour axis with a slim bar beside the picture."""
-    colours = theme(dark)
-    bar = {
-        "title": {"text": title, "side": "right", "font": {"size": 11, "color": colours.soft}},
-        "thickness": 9,
-        "x": 1.01,
-        "len": 1.05,
-        "outlinewidth": 0,
-        "xpad": 2,
-        "tickfont": {"size": 11, "color": colours.soft},
-        **more.pop("colorbar", {}),
-    }
-    return {"colorscale": [list(stop) for stop in scale], "colorbar": bar, **more}

@@ -4,13 +4,17 @@ from collections.abc import Sequence
 
 from normuon_lens.metrics import CATALOGUE
 
-from .frame import Figure, Grid, colour_axis, heatmaps, name_of, theme
+from .frame import Figure, Grid, Marks, meaning, name_of, theme
+from .heat import colour_axis, heatmaps
 
 TITLE = "Imbalance of the neurons"
 READING = (
     "Spread of the neuron norms (CV): faint rows are balanced, in glowing ones a few neurons do "
-    "the moving. Click a row to look into it."
+    "the moving; click one to look into it."
 )
+
+LETTERS = 24
+"""Room for the name of a matrix."""
 
 HEALTHY = CATALOGUE["neuron_cv"].healthy["NorMuon"][1]
 
@@ -20,6 +24,7 @@ def imbalance_figure(
     *,
     top: float,
     chosen: str | None = None,
+    marks: Sequence[Marks] = (),
     until: int = 0,
     step: int | None = None,
     dark: bool = False,
@@ -34,6 +39,8 @@ def imbalance_figure(
         Where the colour axis ends.
     chosen : str, optional
         Matrix to mark.
+    marks : sequence of Marks
+        One a grid, or none.
     until : int
         Last of the steps to veil.
     step : int, optional
@@ -57,16 +64,33 @@ def imbalance_figure(
         y="",
         hover="%{fullData.name}<br>%{y}<br>step %{x}<br>CV %{z:.3f}<extra></extra>",
         colours=colours,
+        meta=meaning("optimizer step", "matrix", value="CV"),
+        marks=marks,
         until=until,
         step=step,
         type="category",
+        automargin=True,
+        labelalias=_labels(grids[0].rows),
     )
     if chosen in grids[0].rows:
-        figure["layout"]["shapes"] += _marks(list(grids[0].rows).index(chosen), len(grids), dark)
+        figure["layout"]["shapes"] += _around(list(grids[0].rows).index(chosen), len(grids), dark)
     return figure
 
 
-def _marks(row: int, panels: int, dark: bool) -> list[Figure]:
+def _labels(names: Sequence[str]) -> dict[str, str]:
+    """Return what stands for names that are too long: their ends, in which matrices differ."""
+    labels = {}
+    for name in names:
+        if len(name) > LETTERS:
+            told = name.removesuffix(".weight")  # as nearly all of PyTorch's do
+            if len(told) > LETTERS:
+                end = told[1 - LETTERS :]
+                told = f"…{end.partition('.')[2] or end}"
+            labels[name_of(name)] = name_of(told)
+    return labels
+
+
+def _around(row: int, panels: int, dark: bool) -> list[Figure]:
     """Two lines around the chosen row, in every panel."""
     numbers = ["" if panel == 0 else str(panel + 1) for panel in range(panels)]
     return [

@@ -5,8 +5,9 @@ from typing import NamedTuple
 
 import numpy as np
 
-from .frame import Curve, Figure, cursor, dimmed, layout, line_trace
+from .frame import Curve, Figure, Marks, layout, line_trace, meaning
 from .palette import faded
+from .shapes import cursor, dimmed, marks_together
 
 TITLE = "Loss"
 READING = "Training loss: smoothed, over the raw values."
@@ -22,6 +23,7 @@ class Loss(NamedTuple):
 def loss_figure(
     losses: Sequence[Loss],
     *,
+    marks: Sequence[Marks] = (),
     until: int = 0,
     step: int | None = None,
     legend: bool = True,
@@ -32,6 +34,8 @@ def loss_figure(
     Parameters
     ----------
     losses : sequence of Loss
+    marks : sequence of Marks
+        One a run, or none.
     until : int
         Last of the steps to veil.
     step : int, optional
@@ -45,15 +49,27 @@ def loss_figure(
     base["showlegend"] = legend
     if not legend:
         base["margin"] |= {"t": 8}
-    base["shapes"] = [*cursor(step, dark), *dimmed(until, dark)]
+    colours = [loss.smooth.style.colour for loss in losses]
+    base["shapes"] = [
+        *cursor(step, dark),
+        *dimmed(until, dark),
+        *marks_together(marks, colours, dark),
+    ]
     raw = [
         line_trace(
             smooth._replace(y=values),
             line={"color": faded(smooth.style.colour, 0.3), "width": 1},
             showlegend=False,
             hoverinfo="skip",
+            meta=_what("raw"),
         )
         for smooth, values in losses
     ]
-    lines = [line_trace(loss.smooth, hovertemplate="%{y:.3f}") for loss in losses]
+    lines = [
+        line_trace(loss.smooth, hovertemplate="%{y:.3f}", meta=_what("smoothed")) for loss in losses
+    ]
     return {"data": raw + lines, "layout": base}
+
+
+def _what(series: str) -> Figure:
+    return meaning("optimizer step", "loss", series=series)

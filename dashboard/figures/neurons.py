@@ -2,13 +2,19 @@
 
 from collections.abc import Sequence
 
-from .frame import Curve, Figure, axis, inner_legend, layout, level, line_trace
+from normuon_lens.metrics import CATALOGUE
+
+from .frame import Curve, Figure, axis, inner_legend, layout, line_trace, meaning
+from .shapes import band, level
 
 TITLE = "Neurons"
 READING = (
     "Norms of the neurons over their mean, largest first: on the line at 1 all move equally far, "
-    "at 0 they starve."
+    "at 0 they starve; tinted is usual for NorMuon."
 )
+
+SPREAD = 2 * CATALOGUE["neuron_cv"].healthy["NorMuon"][1]
+"""Where the CV is healthy, 19 of 20 neurons lie within two standard deviations of the mean."""
 
 
 def neurons_figure(curves: Sequence[Curve], *, dark: bool = False) -> Figure:
@@ -23,9 +29,11 @@ def neurons_figure(curves: Sequence[Curve], *, dark: bool = False) -> Figure:
     """
     base = layout(dark, x="neuron, sorted", y="norm / mean")
     base["yaxis"] = axis(dark, "norm / mean", rangemode="tozero")
+    # Room above even neurons, for the band and the legend.
+    base["yaxis"]["autorangeoptions"] = {"include": 1 + 2 * SPREAD}
     # Sorted values fall towards the right: the top right is free.
     base["margin"] |= {"t": 10}
     base["legend"] = inner_legend(dark, x=0.99, y=0.99)
-    base["shapes"] = [level(1.0, dark)]
-    hover = "%{y:.3g} × mean"
-    return {"data": [line_trace(curve, hovertemplate=hover) for curve in curves], "layout": base}
+    base["shapes"] = [level(1.0, dark), band(1 - SPREAD, 1 + SPREAD, dark)]
+    more = {"hovertemplate": "%{y:.3g} × mean", "meta": meaning("neuron, sorted", "norm / mean")}
+    return {"data": [line_trace(curve, **more) for curve in curves], "layout": base}

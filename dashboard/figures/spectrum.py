@@ -4,7 +4,8 @@ from collections.abc import Sequence
 
 from normuon_lens.metrics.spectrum import NEWTON_SCHULZ_BAND
 
-from .frame import Curve, Figure, band, inner_legend, layout, line_trace, log_axis, remark
+from .frame import Curve, Figure, inner_legend, layout, line_trace, log_axis, meaning
+from .shapes import band, remark
 
 TITLE = "Spectrum"
 READING = (
@@ -44,5 +45,5 @@ def spectrum_figure(curves: Sequence[Curve], *, dark: bool = False) -> Figure:
             yanchor="bottom",
         )
     ]
-    hover = "%{y:.3g}"
-    return {"data": [line_trace(curve, hovertemplate=hover) for curve in curves], "layout": base}
+    more = {"hovertemplate": "%{y:.3g}", "meta": meaning("singular value, sorted", "σ / σ₁")}
+    return {"data": [line_trace(curve, **more) for curve in curves], "layout": base}

@@ -2,7 +2,8 @@
 
 from collections.abc import Sequence
 
-from .frame import Figure, Grid, colour_axis, heatmaps, theme
+from .frame import Figure, Grid, Marks, meaning, theme
+from .heat import colour_axis, heatmaps
 
 TITLE = "Neurons over time"
 READING = (
@@ -14,7 +15,12 @@ QUARTERS = (0.0, 0.25, 0.5, 0.75, 1.0)
 
 
 def timeline_figure(
-    grids: Sequence[Grid], *, until: int = 0, step: int | None = None, dark: bool = False
+    grids: Sequence[Grid],
+    *,
+    marks: Sequence[Marks] = (),
+    until: int = 0,
+    step: int | None = None,
+    dark: bool = False,
 ) -> Figure:
     """Return norm/mean of every neuron of one matrix, neuron × step, side by side.
 
@@ -22,6 +28,8 @@ def timeline_figure(
     ----------
     grids : sequence of Grid
         At least one; rows are neuron numbers, values norms over the mean of their step.
+    marks : sequence of Marks
+        One a grid, or none.
     until : int
         Last of the steps to veil.
     step : int, optional
@@ -38,6 +46,8 @@ def timeline_figure(
         y="neuron",
         hover="%{fullData.name}<br>neuron %{y}<br>step %{x}<br>%{z:.2f} × mean<extra></extra>",
         colours=colours,
+        meta=meaning("optimizer step", "neuron", value="norm / mean"),
+        marks=marks,
         until=until,
         step=step,
     )
