@@ -12,23 +12,14 @@ from dash import dcc, html
 from normuon_lens.analysis.remarks import remarks
 from normuon_lens.analysis.settled import SKIP
 
-from .figures import empty_figure
 from .figures.palette import Style
+from .findings import Finding
 from .headline import BALANCED, EVEN, Headline, Share
 from .panels import PANELS, Panel
 from .store import Entry, Store
 
 LIVE_EVERY, WATCH_EVERY = 1500, 5000
 """Milliseconds between two looks: while a run is recorded, and while a folder is only watched."""
-
-GRAPH: Any = {
-    # plotly.js 4 offers by default to upload the chart to a company's server.
-    "showSendToCloud": False,
-    "displaylogo": False,
-    # Dragging zooms and a double click zooms out: only saving a picture needs a button.
-    "modeBarButtons": [["toImage"]],
-    "doubleClick": "reset",
-}
 
 DASHES = {
     "solid": (1, 0),
@@ -45,6 +36,7 @@ KEYS = (
     ("PgUp PgDn", "ten recorded steps back, forth"),
     ("Home End", "first step; newest step, and follow it"),
     ("[ ]", "previous, next matrix"),
+    ("Space", "play through the steps, pause"),
     ("?", "this help"),
 )
 
@@ -65,6 +57,9 @@ def page() -> Any:
                 className="columns",
             ),
             _help(),
+            _taking(),
+            html.Div(id="lost", className="lost", hidden=True, role="alert"),
+            html.Div(id="said", className="said", role="status"),
         ],
     )
 
@@ -74,9 +69,27 @@ def run_list(store: Store) -> list[Any]:
     return [_run(store, entry) for entry in store.entries]
 
 
-def headlines(rows: Sequence[tuple[str, Style, Headline]]) -> list[Any]:
-    """Return one card a run with its three figures."""
-    return [_card(*row) for row in rows]
+def headlines(
+    store: Store, entries: Sequence[Entry], figures: Sequence[Headline], told: Sequence[Finding]
+) -> list[Any]:
+    """Return one card a run, with its figures and what was found in it, and then the rest."""
+    cards = [
+        _card(store.label(entry), entry.style, row, [f for f in told if f.run == entry.id])
+        for entry, row in zip(entries, figures, strict=True)
+    ]
+    ids = {entry.id for entry in entries}
+    rest = [_finding(found) for found in told if found.run not in ids]
+    cards = [html.Div(cards, className="headlines")] if cards else []
+    return [*cards, *([html.Ul(rest, className="findings apart")] if rest else [])]
+
+
+def swatch(style: Style) -> str:
+    """Return the CSS background that shows a run's colour and dash."""
+    drawn, left = DASHES[style.dash]
+    return (
+        f"repeating-linear-gradient(90deg,{style.colour} 0 {drawn}px,"
+        f"transparent {drawn}px {drawn + left}px)"
+    )
 
 
 def waiting_text(store: Store) -> list[Any]:
@@ -106,7 +119,6 @@ def _memory() -> list[Any]:
         dcc.Store("recorded"),  # steps for the arrow keys
         dcc.Store("link"),  # the query with which the page was opened
         dcc.Store("theme"),
-        *(dcc.Store(f"{panel.id}-drawn") for panel in PANELS),
     ]
 
 
@@ -127,7 +139,17 @@ def _bar() -> list[Any]:
         html.Div(
             [
                 html.Div(
-                    [html.Span("Step", id="step-label"), html.Span(id="step-reading")],
+                    [
+                        html.Span("Step", id="step-label"),
+                        html.Span(id="step-reading"),
+                        html.Button(
+                            "▶",
+                            id="play",
+                            title="Play through the steps (Space)",
+                            className="play",
+                            **_attributes(aria_label="Play", aria_pressed="false"),
+                        ),
+                    ],
                     className="step-head",
                 ),
                 dmc.Slider(
@@ -155,8 +177,9 @@ def _bar() -> list[Any]:
         ),
         html.Div(
             [
-                html.Button("?", id="help-button", title="Keys and help (?)", className="icon"),
-                html.Button("◐", id="theme-button", title="Light or dark", className="icon"),
+                _icon("Link", "copy-link", "Copy the link to this view"),
+                _icon("◐", "theme-button", "Light or dark"),
+                _icon("?", "help-button", "Keys and help (?)"),
             ],
             className="icons",
         ),
@@ -178,20 +201,52 @@ def _side() -> list[Any]:
     ]
 
 
+def _icon(sign: str, id: str, title: str) -> Any:
+    return html.Button(sign, id=id, title=title, className="icon", **_attributes(aria_label=title))
+
+
 def _content() -> list[Any]:
-    matrix_row = [_panel(_of(name)) for name in ("spectrum", "neurons", "timeline")]
     return [
-        html.Div(id="headline", className="headlines"),
+        html.Div(id="headline", **_attributes(aria_live="off")),
         html.P(
-            "Medians over all matrices and steps, and how many matrices are ill-conditioned "
-            f"(above {EVEN:g}) or imbalanced (above {BALANCED:g}). The first {SKIP} steps are left "
-            "out here and veiled below.",
+            f"Medians over matrices and steps. High: a condition number above {EVEN:g}, an "
+            f"imbalance (CV of the neuron norms) above {BALANCED:g}. The first {SKIP} steps are "
+            "left out, and veiled below.",
             className="footnote",
         ),
-        html.Div([_panel(_of("condition")), _panel(_of("imbalance"))], className="row overview"),
-        html.H2(id="matrix-title"),
-        html.Div(matrix_row, className="row detail"),
+        html.Div(
+            [_panel(_of("condition")), _panel(_of("imbalance"), *_map_or_table())],
+            className="row overview",
+        ),
+        html.H2(id="chosen"),
+        html.Div(
+            [_panel(_of(name)) for name in ("spectrum", "neurons", "timeline")],
+            className="row detail",
+        ),
+        html.Div([_panel(_of(name)) for name in ("matrix", "stages")], className="row inside"),
     ]
+
+
+def _map_or_table() -> tuple[Any, Any]:
+    """Return the switch between the two views of all matrices, and the place of the table."""
+    switch = html.Div(
+        [
+            html.Button(text, **_attributes(data_view=text.lower(), aria_pressed=pressed))
+            for text, pressed in (("Map", "true"), ("Table", "false"))
+        ],
+        className="switch",
+        role="group",
+        **_attributes(aria_label="All matrices as"),
+    )
+    table = html.Div(
+        id="overview",
+        className="overview-table",
+        hidden=True,
+        tabIndex=0,
+        role="region",
+        **_attributes(aria_label="All matrices"),
+    )
+    return switch, table
 
 
 def _waiting() -> Any:
@@ -207,36 +262,46 @@ def _of(name: str) -> Panel:
     return next(panel for panel in PANELS if panel.id == name)
 
 
-def _panel(panel: Panel) -> Any:
-    title = f"{panel.id}-title"
+def _panel(panel: Panel, switch: Any = None, other: Any = None) -> Any:
+    """Return a panel's card; lens.js draws into the innermost element of its graph."""
+    title, notes, summary = (f"{panel.id}-{part}" for part in ("title", "notes", "summary"))
+    takes = f"Numbers and downloads: {panel.title}"
+    kind = "graph" if panel.moments else "graph over-steps"
+    zooms = {"data_zooms": "yes"} if panel.zooms else {}
     return html.Section(
         [
-            html.H3(panel.title, id=title),
-            html.P(panel.reading, className="reading"),
-            dcc.Graph(
-                id=panel.id,
-                figure=_BLANK,
-                config=GRAPH,
-                responsive=True,
-                className="graph" if panel.one_step else "graph over-steps",
+            html.Div(
+                [
+                    html.H3(panel.title, id=title),
+                    switch,
+                    html.Button(
+                        "⤓",
+                        className="take",
+                        title=takes,
+                        **_attributes(data_panel=panel.id, aria_label=takes),
+                    ),
+                ],
+                className="card-head",
             ),
+            html.P(panel.reading, className="reading"),
+            html.Div(
+                html.Div(className="plot"), id=panel.id, className=kind, **_attributes(**zooms)
+            ),
+            other,
+            html.P(id=notes, className="notes"),
+            html.P(id=summary, className="unseen"),
         ],
         className=f"card {panel.id}-card",
-        **_attributes(aria_labelledby=title),
+        **_attributes(aria_labelledby=title, aria_describedby=summary),
     )
-
-
-# Transparent, so that nothing flashes before the first numbers are in.
-_BLANK = empty_figure("")
-_BLANK["layout"] |= {"paper_bgcolor": "rgba(0,0,0,0)", "plot_bgcolor": "rgba(0,0,0,0)"}
 
 
 def _run(store: Store, entry: Entry) -> Any:
     if entry.run is None:
         trouble = html.Div(entry.error, className="trouble", role="alert")
         return html.Div([html.Div(entry.name, className="run-name"), trouble], className="run")
-    swatch = html.Span(className="swatch", style={"backgroundImage": _dashes(entry.style)})
-    name = html.Span([swatch, html.Span(store.label(entry), className="run-name")])
+    line = html.Span(className="swatch", style={"backgroundImage": swatch(entry.style)})
+    name = html.Span([line, html.Span(store.label(entry), className="run-name")])
     return html.Div(
         [
             dmc.Checkbox(
@@ -270,21 +335,13 @@ def _remarks(entry: Entry) -> list[Any]:
     return [html.Div(text, className="trouble", role="alert") for text in said]
 
 
-def _dashes(style: Style) -> str:
-    drawn, left = DASHES[style.dash]
-    return (
-        f"repeating-linear-gradient(90deg,{style.colour} 0 {drawn}px,"
-        f"transparent {drawn}px {drawn + left}px)"
-    )
-
-
-def _card(name: str, style: Style, figures: Headline) -> Any:
+def _card(name: str, style: Style, figures: Headline, told: Sequence[Finding]) -> Any:
     note = " (first steps only)" if figures.early else ""
     return html.Div(
         [
             html.Div(
                 [
-                    html.Span(className="swatch", style={"backgroundImage": _dashes(style)}),
+                    html.Span(className="swatch", style={"backgroundImage": swatch(style)}),
                     html.Span(name + note, className="run-name"),
                 ],
                 className="headline-name",
@@ -292,35 +349,60 @@ def _card(name: str, style: Style, figures: Headline) -> Any:
             html.Div(
                 [
                     _figure(
-                        "condition number",
+                        "condition",
                         figures.condition,
-                        _verdict(figures.ill_conditioned, "ill-conditioned", "well conditioned"),
+                        _verdict(figures.ill_conditioned),
                         at_least=figures.is_lower_bound,
                     ),
                     _figure(
-                        "neuron imbalance",
+                        "imbalance",
                         figures.imbalance,
-                        _verdict(figures.imbalanced, "imbalanced", "balanced"),
+                        _verdict(figures.imbalanced),
                     ),
-                    _figure("loss", figures.loss, []),
+                    _figure("starved", figures.starved, [], share=True),
+                    _figure(_loss_label(figures), figures.loss, []),
                 ],
                 className="headline-figures",
             ),
+            html.Ul([_finding(found) for found in told], className="findings"),
         ],
         className="card headline",
         style={"borderTopColor": style.colour},
     )
 
 
-def _figure(label: str, value: float, verdict: list[Any], *, at_least: bool = False) -> Any:
-    shown = "–" if math.isnan(value) else "≥\N{NO-BREAK SPACE}" * at_least + _three_digits(value)
+def _loss_label(figures: Headline) -> str:
+    return f"loss @ {figures.loss_step}" if figures.loss_step else "loss"
+
+
+def _finding(found: Finding) -> Any:
+    """Return one sentence; one that is about a matrix leads there."""
+    words = [html.Span(text, className=f"is-{kind}") for kind, text in found.parts]
+    if found.matrix is None:
+        return html.Li(words, className=f"finding {_slug(found.kind)}")
+    place = {"data_matrix": found.matrix}
+    if found.step is not None:
+        place["data_step"] = str(found.step)
+    leads = html.Button(words, className="leads", title="Look at it", **_attributes(**place))
+    return html.Li(leads, className=f"finding {_slug(found.kind)}")
+
+
+def _slug(kind: str) -> str:
+    return kind.replace(" ", "-")
+
+
+def _figure(
+    label: str, value: float, verdict: list[Any], *, at_least: bool = False, share: bool = False
+) -> Any:
+    shown = _percent(value) if share else _three_digits(value)
+    shown = "–" if math.isnan(value) else "≥\N{NO-BREAK SPACE}" * at_least + shown
     return html.Div(
         [html.Div(label, className="label"), html.Div(shown, className="value"), *verdict],
         className="figure",
     )
 
 
-def _verdict(share: Share, bad: str, good: str) -> list[Any]:
+def _verdict(share: Share) -> list[Any]:
     total = share.of + share.unknown
     if not total:
         return []
@@ -328,9 +410,13 @@ def _verdict(share: Share, bad: str, good: str) -> list[Any]:
         return [html.Div("lost in rounding", className="verdict unknown")]
     if not share.bad:
         count = f"{share.of} of {total}" if share.unknown else "all"
-        return [html.Div(f"{count} {good}", className="verdict good")]
+        return [html.Div(f"{count} healthy", className="verdict good")]
     count = f"all {total}" if share.bad == total else f"{share.bad} of {total}"
-    return [html.Div(f"{count} {bad}", className="verdict bad")]
+    return [html.Div(f"{count} high", className="verdict bad")]
+
+
+def _percent(share: float) -> str:
+    return "none" if share == 0 else "< 0.1 %" if share < 1e-3 else f"{100 * share:.1f} %"
 
 
 def _three_digits(value: float) -> str:
@@ -350,8 +436,38 @@ def _help() -> Any:
                 "matrix. Drag to zoom, double-click to zoom out. The address holds the view: copy "
                 "it to show somebody what you see."
             ),
-            html.Button("Close", id="help-close"),
+            html.Button("Close", className="close"),
         ],
         id="help",
         **_attributes(aria_label="Help"),
+    )
+
+
+def _taking() -> Any:
+    """Return the dialog of what can be taken away from a panel; take.js fills it."""
+    ways = (
+        ("png", "PNG"),
+        ("svg", "SVG"),
+        ("csv", "CSV"),
+        ("python", "Copy Python"),
+        ("link", "Copy link"),
+    )
+    buttons = [html.Button(text, **_attributes(data_take=way)) for way, text in ways]
+    return html.Dialog(
+        [
+            html.H2(className="taking-title"),
+            html.P(className="taking-summary"),
+            html.Div([*buttons, html.Button("Close", className="close")], className="ways"),
+            html.H3("The same numbers in a notebook"),
+            html.Pre(className="taking-python", tabIndex=0),
+            html.H3("Numbers"),
+            html.Div(
+                className="taking-table",
+                tabIndex=0,
+                role="region",
+                **_attributes(aria_label="Numbers"),
+            ),
+        ],
+        id="taking",
+        **_attributes(aria_label="Numbers and downloads"),
     )

@@ -11,17 +11,24 @@ import re
 import threading
 import time
 from collections import OrderedDict
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 from pathlib import Path
-from typing import NamedTuple
+from typing import Any, NamedTuple, TypeVar
 
 import numpy as np
 
-from normuon_lens.analysis.measure import Series, measure
-from normuon_lens.errors import LensError, RunError
-from normuon_lens.runfile import Run, find_runs, open_run
+from normuon_lens.analysis.measure import Series, measure_all
+from normuon_lens.errors import RunError
+from normuon_lens.runfile import STAGES, Run, find_runs, open_run
 
+from .figures.frame import Marks
 from .figures.palette import KNOWN, Style, style_of, variant
+
+OF_NORMS = ("neuron_cv", "neuron_starved", "neuron_not_finite", "neuron_p1", "neuron_p99")
+OF_SPECTRA = ("condition_number", "condition_is_lower_bound", "update_error")
+"""What the page tells of every matrix and step, by what it is measured from: each is read once."""
+
+T = TypeVar("T")
 
 KEPT_MATRICES = 2
 """Histories of single matrices kept for each run: they are large, and one is looked at."""
@@ -31,7 +38,7 @@ _changes = itertools.count(time.time_ns() // 1000)
 
 
 class Moment(NamedTuple):
-    """What one matrix was at one recorded step: singular values (k,) or row norms (m,)."""
+    """What a matrix was at one recorded step: all of it (m, n), values (k,), norms (m,), or ()."""
 
     step: int
     values: np.ndarray
@@ -64,6 +71,8 @@ class Entry:
         self.version = next(_changes)
         self._last: tuple[float, int, float, int] | None = None
         self._series: dict[tuple[str, str], Series] = {}
+        self._once: tuple[int, dict[object, Any]] = (0, {})
+        self._measured: dict[tuple[tuple[str, ...], str], int] = {}
         self._norms: OrderedDict[tuple[str, str], Series] = OrderedDict()
         self._spectra: OrderedDict[tuple[str, str], Series] = OrderedDict()
 
@@ -96,6 +105,7 @@ class Entry:
             self.run, self.error = None, str(error)
         if changed and not self._continues():
             self._series.clear()
+            self._measured.clear()
             self._norms.clear()
             self._spectra.clear()
         changed = changed or self.error != before
@@ -104,18 +114,34 @@ class Entry:
         return changed
 
     def series(self, metric: str, stage: str) -> Series:
-        """Return a metric over all steps, NaN in void ones; empty where it is not recorded."""
-        key = metric, stage
-        run, seen = self.run, self._series.get(key)
+        """Return a metric over all steps, NaN in void ones; empty where it is not recorded.
+
+        Parameters
+        ----------
+        metric : str
+            One of `OF_NORMS` or `OF_SPECTRA`.
+        """
+        run = self.run
         if run is None:
             return _nothing(0)
-        try:
-            new = measure(run, metric, stage=stage, after=_end(seen))
-        except LensError:
-            return seen or _nothing(len(run.table))
-        new.values[np.isin(new.steps, run.steps[run.void])] = np.nan
-        self._series[key] = _joined(seen, new)
-        return self._series[key]
+        together = OF_NORMS if metric in OF_NORMS else OF_SPECTRA
+        if self._measured.get((together, stage)) != self.version:
+            self._measured[together, stage] = self.version
+            after = max(_end(self._series.get((each, stage))) for each in together)
+            for each, new in measure_all(run, together, stage=stage, after=after).items():
+                if each != "neuron_not_finite":
+                    new.values[np.isin(new.steps, run.steps[run.void])] = np.nan
+                self._series[each, stage] = _joined(self._series.get((each, stage)), new)
+        return self._series.get((metric, stage), _nothing(len(run.table)))
+
+    def metric_at(self, metric: str, matrix: str, stage: str, step: int) -> Moment | None:
+        """Return a metric of a matrix, at the step nearest to `step` that has one, as values ()."""
+        if self.run is None or matrix not in self.run.matrices:
+            return None
+        steps, values = self.series(metric, stage)
+        column = values[:, self.run.table.index(matrix)]
+        known = np.isfinite(column)
+        return _nearest(Series(steps[known], column[known]), step)
 
     def norms(self, matrix: str, stage: str) -> Series:
         """Return the row norms (T, m) of a matrix over all steps that moved something."""
@@ -168,6 +194,57 @@ class Entry:
         """Return the row norms at the recorded step nearest to `step`; None if there are none."""
         return _nearest(self.norms(matrix, stage), step)
 
+    def update_at(self, matrix: str, stage: str, step: int) -> Moment | None:
+        """Return the full matrix kept at the step nearest to `step`; None if none was kept."""
+        kept = self._kept(matrix, stage)
+        if self.run is None or not len(kept):
+            return None
+        nearest = int(kept[np.abs(kept - step).argmin()])
+        try:
+            return Moment(nearest, self.run.update(matrix, nearest, stage))
+        except RunError:  # its file is gone or damaged since the last look
+            return None
+
+    def moments(self, what: str, matrix: str, stage: str, step: int) -> list[int]:
+        """Return the step, if any, that would be shown of a ``spectrum``, ``norms``, ``update``."""
+        if what == "update":
+            kept = self._kept(matrix, stage)
+            return [int(kept[np.abs(kept - step).argmin()])] if len(kept) else []
+        found = {"spectrum": self.spectrum_at, "norms": self.norms_at}[what](matrix, stage, step)
+        return [] if found is None else [found.step]
+
+    def marks(self, stage: str) -> Marks:
+        """Return the steps that moved nothing, lost a sample, or were not finite."""
+        run = self.run
+        if run is None:
+            return Marks(*np.empty((3, 0), np.int64))
+        lost = [event.step for event in run.events if event.kind == "dropped"]
+        lost += [s for hole in run.holes for s in range(hole.steps[0], hole.steps[1] + 1)]
+        steps, broken = self.series("neuron_not_finite", stage)
+        return Marks(
+            run.steps[run.void],
+            np.unique(np.array(lost, dtype=np.int64)),
+            steps[(broken > 0).any(axis=1)],
+        )
+
+    def once(self, key: object, compute: Callable[[], T]) -> T:
+        """Return what `compute` gave for `key` since the run last changed."""
+        if self._once[0] != self.version:
+            self._once = self.version, {}
+        kept = self._once[1]
+        if key not in kept:
+            kept[key] = compute()
+        found: T = kept[key]
+        return found
+
+    def _kept(self, matrix: str, stage: str) -> np.ndarray:
+        """Return the steps (Tm,) at which the full matrix was kept and something moved."""
+        run = self.run
+        if run is None or matrix not in run.matrices:
+            return np.empty(0, np.int64)
+        kept = run.update_steps(matrix, stage)
+        return kept[~np.isin(kept, run.steps[run.void])]
+
     def _continues(self) -> bool:
         """Tell whether the recording only grew since the last look, and remember this look."""
         run, last = self.run, self._last
@@ -214,6 +291,7 @@ class Store:
         self._files = find_runs(files) if files else []
         self._entries: dict[Path, Entry] = {}
         self._others: dict[str, int] = {}
+        self._steps: tuple[int, list[int]] = (0, [1])
         self.version = next(_changes)
         self.refresh()
         # What was named must be readable; what lies in a folder is shown with its reason.
@@ -264,6 +342,19 @@ class Store:
         """Names of all runs' matrices, each once, in model order."""
         runs = [entry.run for entry in self.entries if entry.run]
         return list(dict.fromkeys(name for run in runs for name in run.matrices))
+
+    def stages(self) -> list[str]:
+        """Return the stages that any run has recorded, in optimizer order; at least the update."""
+        found = {stage for entry in self.entries if entry.run for stage in entry.run.stages}
+        return [stage for stage in STAGES if stage in found] or ["update"]
+
+    def recorded_steps(self) -> list[int]:
+        """Return the steps that any run has recorded, ascending; [1] while there is none."""
+        if self._steps[0] != self.version:
+            runs = [entry.run.steps for entry in self.entries if entry.run]
+            known = np.unique(np.concatenate([np.empty(0, np.int64), *runs])).tolist()
+            self._steps = self.version, known or [1]
+        return self._steps[1]
 
     def _look(self) -> list[Path]:
         found = list(self._files)

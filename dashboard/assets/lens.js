@@ -1,16 +1,18 @@
-// What needs no server: the theme, the address, the keyboard, and ages that count on.
+// What the page looks at, held in one place: the view, the theme and the address.
 (() => {
   "use strict";
 
-  const SAVED = "normuon-lens-theme";
-  const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
+  const lens = (window.lens = window.lens || {});
   const set = (id, props) => window.dash_clientside.set_props(id, props);
 
-  // What the page looks at, as the last callback left it; the keyboard starts from here.
-  let now = { step: 1, newest: 1, recorded: [], matrix: null, matrices: [] };
+  // As the controls last said, or the keyboard since; `matrices` are the options of the control.
+  lens.view = { runs: [], matrix: null, step: 1, stage: "update", dark: false };
+  lens.known = { newest: 1, recorded: [], matrices: [] };
 
   // -- theme ----------------------------------------------------------------------------------
 
+  const SAVED = "normuon-lens-theme";
+  const prefersDark = window.matchMedia("(prefers-color-scheme: dark)");
   const saved = () => {
     try {
       return localStorage.getItem(SAVED);
@@ -22,6 +24,7 @@
   // At once, before the first paint; Mantine keeps this attribute from then on.
   document.documentElement.setAttribute("data-mantine-color-scheme", current());
   prefersDark.addEventListener("change", () => saved() || set("theme", { data: current() }));
+  lens.view.dark = current() === "dark";
 
   const theme = (clicks) => {
     if (clicks) {
@@ -34,113 +37,83 @@
     return current();
   };
 
+  // -- moving ---------------------------------------------------------------------------------
+
+  // What the keyboard asked for and the controls do not show yet.
+  const ahead = {};
+  let news = null;
+  let asked = "";
+
+  const show = () => {
+    const now = JSON.stringify([lens.view, news]);
+    if (now === asked) return;
+    asked = now;
+    lens.refresh();
+  };
+
+  lens.go = (step) => {
+    if (step === lens.view.step) return;
+    lens.view.step = ahead.step = step;
+    show();
+  };
+
+  lens.choose = (matrix) => {
+    if (matrix === lens.view.matrix) return;
+    lens.view.matrix = ahead.matrix = matrix;
+    show();
+  };
+
+  // Called once the pictures are drawn: moving a control takes longer than drawing some of them.
+  lens.controlsFollow = () => {
+    const { step, matrix } = ahead;
+    delete ahead.step;
+    delete ahead.matrix;
+    if (step !== undefined) set("step", { value: step });
+    if (matrix !== undefined) set("matrix-select", { value: matrix });
+  };
+
+  // Bring the pictures of the chosen matrix into sight, if they are not.
+  lens.reveal = () => {
+    const title = document.getElementById("chosen");
+    if (title.getBoundingClientRect().top < window.innerHeight * 0.6) return;
+    const still = window.matchMedia("(prefers-reduced-motion: reduce)").matches;
+    title.scrollIntoView({ behavior: still ? "auto" : "smooth", block: "start" });
+  };
+
+  lens.stage = (stage) => set("stage-select", { value: stage });
+
+  lens.nearest = (step) => {
+    const away = (known) => Math.abs(known - step);
+    return lens.known.recorded.reduce((a, b) => (away(b) < away(a) ? b : a), lens.known.newest);
+  };
+
   // -- address --------------------------------------------------------------------------------
 
-  const remember = (runs, matrix, step, stage, newest, recorded, options) => {
-    now = { step, newest, recorded: recorded || [], matrix, matrices: options || [] };
-    if (!matrix) return ["", ""];
-    placeAll();
+  const remember = () => {
+    const { runs, matrix, step, stage } = lens.view;
     const query = {
-      runs: (runs || []).map(encodeURIComponent).join(","),
+      runs: runs.map(encodeURIComponent).join(","),
       matrix: encodeURIComponent(matrix),
-      step: step >= newest ? "latest" : step,
+      step: step >= lens.known.newest ? "latest" : step,
       stage: encodeURIComponent(stage),
     };
     const text = Object.entries(query).map(([key, value]) => `${key}=${value}`).join("&");
     history.replaceState(history.state, "", `?${text}`);
+  };
+
+  // Called by Dash whenever a control, the runs or the theme changed.
+  const look = (runs, matrix, step, stage, newest, recorded, version, dark, options) => {
+    lens.known = { newest, recorded: recorded || [], matrices: options || [] };
+    if (!matrix) return ["", ""];
+    lens.view = { runs: runs || [], matrix, step, stage, dark: dark === "dark", ...ahead };
+    news = version;
+    remember();
+    show();
     const end = step >= newest ? ", the newest" : ` of ${newest}`;
-    const shown = now.matrices.find((option) => option.value === matrix);
+    const shown = lens.known.matrices.find((option) => option.value === matrix);
     const where = stage === "update" ? `step ${step}` : `step ${step}, ${stage}`;
     return [`${step}${end}`, `${shown ? shown.label : matrix}  ·  ${where}`];
   };
-
-  // -- cursor ---------------------------------------------------------------------------------
-
-  // A line laid over the pictures: Plotly would take a quarter second to redraw them for it.
-  const place = (plot) => {
-    const host = plot.querySelector(".svg-container");
-    const subplots = plot.data.length ? Object.values(plot._fullLayout._plots) : [];
-    const lines = [...host.querySelectorAll(".cursor")];
-    const labels = host.querySelectorAll(":scope > .main-svg")[1] || null; // stay above the line
-    for (const line of lines.slice(subplots.length)) line.remove();
-    subplots.forEach(({ xaxis, yaxis }, i) => {
-      const line = lines[i] || host.insertBefore(document.createElement("div"), labels);
-      const across = xaxis.d2p(now.step);
-      line.className = "cursor";
-      line.dataset.step = now.step;
-      line.hidden = across < 0 || across > xaxis._length;
-      line.style.left = `${Math.round(xaxis._offset + across)}px`;
-      line.style.top = `${yaxis._offset}px`;
-      line.style.height = `${yaxis._length}px`;
-    });
-  };
-
-  const placeAll = () => {
-    for (const plot of document.querySelectorAll(".over-steps .js-plotly-plot")) {
-      if (plot._fullLayout?._plots) place(plot); // else not drawn yet
-    }
-  };
-
-  // -- keyboard -------------------------------------------------------------------------------
-
-  const go = (step) => {
-    now.step = step;
-    set("step", { value: step });
-  };
-
-  const walk = (count) => {
-    const { recorded, step } = now;
-    if (!recorded.length) return;
-    // The step may lie between two recorded ones: start from its place among them.
-    const before = recorded.filter((known) => known < step).length;
-    const here = count > 0 && recorded[before] !== step ? before - 1 : before;
-    go(recorded[Math.min(Math.max(here + count, 0), recorded.length - 1)]);
-  };
-
-  const turn = (count) => {
-    const names = now.matrices.map((option) => option.value);
-    const next = names[names.indexOf(now.matrix) + count];
-    if (next === undefined) return;
-    now.matrix = next;
-    set("matrix-select", { value: next });
-  };
-
-  const help = () => {
-    const dialog = document.getElementById("help");
-    dialog.open ? dialog.close() : dialog.showModal();
-  };
-
-  const KEYS = {
-    ArrowLeft: () => walk(-1),
-    ArrowRight: () => walk(1),
-    PageUp: () => walk(-10),
-    PageDown: () => walk(10),
-    Home: () => go(now.recorded[0] ?? 1),
-    End: () => go(now.newest),
-    "[": () => turn(-1),
-    "]": () => turn(1),
-    "?": help,
-  };
-
-  // Before the slider's own keys, which know nothing of recorded steps.
-  document.addEventListener(
-    "keydown",
-    (event) => {
-      const typing = event.target.closest("input:not([type=checkbox]), textarea");
-      const action = KEYS[event.key];
-      if (!action || typing || event.ctrlKey || event.metaKey || event.altKey) return;
-      event.preventDefault();
-      event.stopPropagation();
-      action();
-    },
-    true,
-  );
-
-  document.addEventListener("click", (event) => {
-    if (event.target.closest("#help-button")) help();
-    // A click on the veil around the dialog is a click on the dialog itself.
-    if (event.target.id === "help" || event.target.closest("#help-close")) help();
-  });
 
   // -- ages -----------------------------------------------------------------------------------
 
@@ -159,26 +132,28 @@
   };
   setInterval(countOn, 1000);
 
-  // -- whatever changes on the page -------------------------------------------------------------
+  // A run's line that was replaced gets its age at once.
+  new MutationObserver(countOn).observe(document.documentElement, {
+    childList: true,
+    subtree: true,
+  });
 
-  // A picture drawn, zoomed or resized, a run's line replaced: all show as changed elements.
-  let due = false;
-  new MutationObserver(() => {
-    if (due) return;
-    due = true;
-    requestAnimationFrame(() => {
-      due = false;
-      countOn();
-      placeAll();
-    });
-  }).observe(document.documentElement, { childList: true, subtree: true });
+  // -- said in passing --------------------------------------------------------------------------
+
+  lens.say = (text) => {
+    const status = document.getElementById("said");
+    status.textContent = text;
+    status.classList.add("shown");
+    clearTimeout(status.timer);
+    status.timer = setTimeout(() => status.classList.remove("shown"), 2500);
+  };
 
   window.dash_clientside = Object.assign({}, window.dash_clientside, {
     lens: {
       link: () => window.location.search,
       scheme: (name) => name,
       theme,
-      remember,
+      look,
     },
   });
 })();
