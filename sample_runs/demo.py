@@ -116,6 +116,7 @@ def record(
                         norms_every=norms_every,
                         every=every,
                         matrices_every=matrices_every,
+                        stages=True,
                         on_full="wait",
                         store="float16" if compact else "float32",
                         compress=compact,

@@ -12,9 +12,9 @@ from .demo import record
 
 STEPS = 600
 SEED = 0
-NORMS_EVERY = 2
+NORMS_EVERY = 5
 SPECTRA_EVERY = 10
-MATRICES_EVERY = 100
+MATRICES_EVERY = 300
 
 
 def main() -> None:
