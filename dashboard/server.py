@@ -1,8 +1,8 @@
-"""Serves the page to this machine and to nobody else who was not let in.
+"""Serves the page to whoever brings the token, and to nobody else.
 
 A page on another site can point its name at 127.0.0.1 and have a visitor's browser read what is
-served there (DNS rebinding). So a request must name a host that we go by, and must not come from
-another site's page.
+served there (DNS rebinding), or send requests there that carry the visitor's cookie. So a request
+must also name a host that we go by, and must not come from another page.
 """
 
 from __future__ import annotations
@@ -10,20 +10,28 @@ from __future__ import annotations
 import ipaddress
 import logging
 import socket
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from typing import Any
-from urllib.parse import urlsplit
+from urllib.parse import quote, urlsplit
 
 import dash
 import waitress
 
 from normuon_lens.errors import LensError
 
+from .access import Access, without_token
+
 PORT, TRIED = 8050, 20
 """Default port, and how many from there on are tried when it is taken."""
 
 THREADS = 8
 """A page asks for its six pictures at once."""
+
+LARGEST_BODY = 16 << 20
+"""Bytes that a request may bring; the server keeps them before anybody asks who sent them."""
+
+NO_ENTRY = "Open the address that normuon-lens printed: its token lets you in.\n"
+WRONG_PLACE = "normuon-lens answers only to the address that it printed, and to its own page.\n"
 
 Wsgi = Callable[[dict[str, Any], Callable[..., Any]], Iterable[bytes]]
 
@@ -63,19 +71,24 @@ def bind(host: str, port: int | None) -> socket.socket:
     raise LensError(f"port {port} of {host}: {reason}; choose another, or leave --port out")
 
 
-def serve(app: dash.Dash, listening: socket.socket, host: str) -> None:
+def serve(app: dash.Dash, listening: socket.socket, host: str, access: Access) -> None:
     """Answer requests until interrupted."""
     # More requests than threads for a moment is what pages do, and nothing to warn of.
     logging.getLogger("waitress.queue").setLevel(logging.ERROR)
-    guarded = guard(app.server, host, app.csp_hashes())
-    server = waitress.create_server(guarded, sockets=[listening], threads=THREADS, ident="")
+    server = waitress.create_server(
+        guard(app.server, host, access, app.csp_hashes()),
+        sockets=[listening],
+        threads=THREADS,
+        max_request_body_size=LARGEST_BODY,
+        ident="",
+    )
     try:
         server.run()
     finally:
         server.close()
 
 
-def guard(app: Wsgi, host: str, scripts: Sequence[str] = ()) -> Wsgi:
+def guard(app: Wsgi, host: str, access: Access, scripts: Sequence[str] = ()) -> Wsgi:
     """Return `app` behind a check of who asks, answering with headers that lock the page down.
 
     Parameters
@@ -84,12 +97,14 @@ def guard(app: Wsgi, host: str, scripts: Sequence[str] = ()) -> Wsgi:
         A WSGI application.
     host : str
         What ``--host`` was; requests may name it, or localhost.
+    access : Access
+        What opens the page.
     scripts : sequence of str
         Content security policy hashes of the inline scripts that the page may run.
     """
     headers = _headers(scripts)
     names = {"localhost", "127.0.0.1", "::1", host.lower()}
-    anywhere = host in ("0.0.0.0", "::", "")
+    anywhere = host in ("0.0.0.0", "::")
     if anywhere:
         names.add(socket.gethostname().lower())
 
@@ -98,18 +113,56 @@ def guard(app: Wsgi, host: str, scripts: Sequence[str] = ()) -> Wsgi:
         return name in names or (anywhere and _is_address(name))
 
     def guarded(environ: dict[str, Any], start: Callable[..., Any]) -> Iterable[bytes]:
-        asked = environ.get("HTTP_HOST", "")
-        origin = environ.get("HTTP_ORIGIN", "")
-        if not known(_name(asked)) or (origin and urlsplit(origin).netloc != asked):
-            start("403 Forbidden", [("Content-Type", "text/plain; charset=utf-8"), *headers])
-            return [b"normuon-lens answers only to the address that it printed.\n"]
-
         def locked(status: str, given: list[tuple[str, str]], *more: Any) -> Any:
             return start(status, [*given, *headers], *more)
 
-        return app(environ, locked)
+        def answer(status: str, text: str, *given: tuple[str, str]) -> Iterable[bytes]:
+            plain = ("Content-Type", "text/plain; charset=utf-8")
+            locked(status, [plain, ("Cache-Control", "no-store"), *given])
+            return [] if environ["REQUEST_METHOD"] == "HEAD" else [text.encode()]
+
+        name, port = _name_and_port(environ.get("HTTP_HOST", ""))
+        if not known(name) or _from_another_page(environ):
+            return answer("403 Forbidden", WRONG_PLACE)
+        query, tokens = without_token(environ.get("QUERY_STRING", ""))
+        is_known = access.knows(environ.get("HTTP_COOKIE", ""), port)
+        if not tokens or environ["REQUEST_METHOD"] not in ("GET", "HEAD"):
+            return app(environ, locked) if is_known else answer("403 Forbidden", NO_ENTRY)
+        is_admitted = any(access.admits(token) for token in tokens)
+        if not (is_admitted or is_known):
+            return answer("403 Forbidden", NO_ENTRY)
+        # Sent on to the address without the token: it must not stay in the address bar, in the
+        # history, or in a link that is copied from there.
+        path = "/" + quote(environ.get("PATH_INFO", "").lstrip("/"), encoding="latin-1")
+        return answer(
+            "303 See Other",
+            "",
+            ("Location", f"{path}?{query}" if query else path),
+            ("Set-Cookie", "{}={}; HttpOnly; SameSite=Lax; Path=/".format(*access.cookie(port))),
+        )
 
     return guarded
+
+
+def _from_another_page(environ: Mapping[str, Any]) -> bool:
+    """Tell whether another page sent a request, of another site or of another port of this host.
+
+    Following a link is no harm: it gives the page to the person in front of it, and changes
+    nothing. So a link in a chat opens for whoever has the cookie; that is why the cookie is
+    ``SameSite=Lax``, for ``Strict`` would withhold it there, and from the page opened with a token
+    too. All else is refused here. SameSite does not do it: to it, all ports of a host are one site.
+    """
+    host, origin = environ.get("HTTP_HOST", ""), environ.get("HTTP_ORIGIN", "")
+    if origin and origin not in (f"http://{host}", f"https://{host}"):
+        return True
+    # Browsers that say who asks do so wherever the connection is safe, 127.0.0.1 among them.
+    if environ.get("HTTP_SEC_FETCH_SITE", "none") in ("none", "same-origin"):
+        return False
+    follows_link = (
+        environ["REQUEST_METHOD"] in ("GET", "HEAD")
+        and environ.get("HTTP_SEC_FETCH_DEST") == "document"
+    )
+    return not follows_link
 
 
 def _headers(scripts: Sequence[str]) -> list[tuple[str, str]]:
@@ -136,12 +189,13 @@ def _headers(scripts: Sequence[str]) -> list[tuple[str, str]]:
     ]
 
 
-def _name(host: str) -> str:
-    """Return a Host header without its port, and without the brackets of an IPv6 address."""
+def _name_and_port(host: str) -> tuple[str, int]:
+    """Return what a Host header names, an IPv6 address without its brackets; no name if it lies."""
     try:
-        return (urlsplit(f"//{host}").hostname or "").lower()
+        parts = urlsplit(f"//{host}")
+        return (parts.hostname or "").lower(), parts.port or 80
     except ValueError:
-        return ""
+        return "", 0
 
 
 def _is_address(name: str) -> bool:

@@ -157,7 +157,9 @@ def _dataset_suspicions(name: str, dataset: h5py.Dataset) -> Iterator[tuple[str,
         yield name, "is stored in another file"
     if creation.get_layout() == h5py.h5d.VIRTUAL:
         yield name, "is a virtual dataset"
-    if dataset.dtype.kind not in "iufS":
+    # A number longer than a double could not be sent on to a page.
+    is_number = dataset.dtype.kind in "iuf" and dataset.dtype.itemsize <= 8
+    if not is_number and dataset.dtype.kind != "S":
         yield name, f"is of type {dataset.dtype}"
     if dataset.shape is None:
         yield name, "has no shape"

@@ -17,8 +17,10 @@ from typing import Any
 import h5py
 import numpy as np
 
+from normuon_lens.runfile.guard import MAX_EXPANSION, SMALL
 from normuon_lens.runfile.schema import (
     FORMAT,
+    HOLE,
     SCHEMA,
     STAGES,
     Event,
@@ -43,6 +45,9 @@ MAX_RANKS = 1 << 16
 
 MAX_ERA = 1 << 31
 """How often a training may have gone back."""
+
+MAX_HOLES = 1 << 29
+"""Holes times steps of a file: a byte for each says which steps a hole covers."""
 
 UPDATE_FIELD = re.compile(r"\d{3,6}(_step|_scale|_era)?", re.ASCII)
 """Datasets of one ``/updates/<stage>``: (Tm, m, n), then (Tm,) each; the number is the matrix."""
@@ -163,6 +168,8 @@ def read_segment(file: h5py.File) -> Segment:
     if "events" in file:
         steps = _whole_numbers(file, "events/step")
         kinds, texts = _strings(file, "events/kind"), _strings(file, "events/text")
+        if kinds.count(HOLE) * segment.rows > MAX_HOLES:
+            raise ValueError("it has more holes than it could have ranks")
         segment.events = [Event(*event) for event in zip(steps, kinds, texts, strict=True)]
     return segment
 
@@ -280,6 +287,9 @@ def read_shard(file: h5py.File, matrices: Matrices) -> Shard | None:
         return None
     ranks = _whole_numbers(file, "shard/ranks")
     rank, attempt = int(file.attrs["rank"]), int(file.attrs["attempt"])
+    # A rank may have recorded no row itself, so that no norms say how many rows there are.
+    if 4 * matrices.total_rows > SMALL + MAX_EXPANSION * file.id.get_filesize():
+        raise ValueError("its matrices have more rows than a file of its size could tell of")
     ascending = all(a < b for a, b in itertools.pairwise(ranks))
     if not ascending or len(ranks) > MAX_RANKS or ranks[:1] < [0] or rank not in ranks:
         raise ValueError("its ranks are no ranks")
@@ -313,7 +323,9 @@ def read_matrices(file: h5py.File) -> Matrices:
 
 def read_metadata(file: h5py.File) -> dict[str, Any]:
     """Return the run's metadata of an open segment."""
-    metadata = json.loads(bytes(file.attrs["run"]))
+    given = json.loads(bytes(file.attrs["run"]))
+    # JSON can spell half of a character, which no terminal and no page can be sent: a "?" then.
+    metadata = json.loads(json.dumps(given, ensure_ascii=False).encode(errors="replace"))
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is no table of names and values")
     return metadata
