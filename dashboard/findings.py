@@ -15,6 +15,7 @@ import numpy as np
 
 from normuon_lens.analysis.measure import Series
 from normuon_lens.analysis.settled import settled
+from normuon_lens.metrics import neuron_percentile
 
 from .headline import equal_step, ill_conditioned, imbalanced, is_early, loss_at
 from .overview import Cell, cells_of
@@ -176,8 +177,9 @@ def _imbalance(subject: _Subject) -> Finding | None:
     if not share.bad:
         return None
     worst = subject.worst([cell.cv for cell in subject.cells])
-    busiest = settled(subject.series("neuron_p99"))[:, worst]
-    quietest = settled(subject.series("neuron_p1"))[:, worst]
+    # Of this one matrix: percentiles of all of them would take longer than all else on the page.
+    norms = settled(subject.entry.norms(subject.names[worst], subject.stage))
+    busiest, quietest = (neuron_percentile(norms, percent) for percent in (99, 1))
     with np.errstate(all="ignore"):
         ratio = np.where(quietest == 0, np.inf, busiest / quietest)
     typical = float(np.median(ratio[~np.isnan(ratio)]))

@@ -101,7 +101,8 @@ def waiting_text(store: Store) -> list[Any]:
         html.Pre(
             "from normuon_lens.hooks import attach\n\n"
             f'with attach(model, optimizer, "{places}/run.h5"):\n'
-            "    ...  # your training loop, unchanged"
+            "    ...  # your training loop, unchanged",
+            tabIndex=0,
         ),
         html.P(["or make three with ", html.Code(f"normuon-lens demo -o {places}")]),
     ]

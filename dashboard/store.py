@@ -19,12 +19,12 @@ import numpy as np
 
 from normuon_lens.analysis.measure import Series, measure_all
 from normuon_lens.errors import RunError
-from normuon_lens.runfile import STAGES, Run, find_runs, open_run
+from normuon_lens.runfile import STAGES, Matrix, Run, find_runs, open_run
 
 from .figures.frame import Marks
 from .figures.palette import KNOWN, Style, style_of, variant
 
-OF_NORMS = ("neuron_cv", "neuron_starved", "neuron_not_finite", "neuron_p1", "neuron_p99")
+OF_NORMS = ("neuron_cv", "neuron_starved", "neuron_not_finite")
 OF_SPECTRA = ("condition_number", "condition_is_lower_bound", "update_error")
 """What the page tells of every matrix and step, by what it is measured from: each is read once."""
 
@@ -69,7 +69,7 @@ class Entry:
         self.error = ""
         self.style: Style = style_of("")
         self.version = next(_changes)
-        self._last: tuple[float, int, float, int] | None = None
+        self._last: tuple[float, int, float, int, list[Matrix]] | None = None
         self._series: dict[tuple[str, str], Series] = {}
         self._once: tuple[int, dict[object, Any]] = (0, {})
         self._measured: dict[tuple[tuple[str, ...], str], int] = {}
@@ -251,13 +251,14 @@ class Entry:
         if run is None or not len(run.steps):
             self._last = None
             return last is None
-        self._last = (float(run.times[0]), int(run.steps[-1]), float(run.times[-1]), run.overlaps)
+        times, table = (float(run.times[0]), float(run.times[-1])), list(run.table)
+        self._last = times[0], int(run.steps[-1]), times[1], run.overlaps, table
         if last is None:
             return True
-        first, step, when, overlaps = last
+        first, step, when, overlaps, known = last
         at = int(np.searchsorted(run.steps, step))
         same = at < len(run.steps) and (run.times[0], run.times[at]) == (first, when)
-        return bool(same and run.overlaps == overlaps)
+        return bool(same and run.overlaps == overlaps and table == known)
 
 
 class Store:

@@ -177,6 +177,17 @@ def test_a_run_that_starts_over_is_measured_anew(tmp_path):
     assert entry.norms(MATRIX, "update").steps.tolist() == [1, 2, 3, 4]
 
 
+def test_a_run_of_other_matrices_at_the_same_times_is_measured_anew(tmp_path):
+    path = tmp_path / "run.h5"
+    made_up_run(path, steps=25)
+    (entry,) = (store := Store([tmp_path])).entries
+    assert entry.series("neuron_cv", "update").values.shape == (25, 6)
+    path.unlink()
+    made_up_run(path, steps=25, shapes={"other": (4, 4), "matrix": (8, 4)})
+    assert store.refresh()
+    assert entry.series("neuron_cv", "update").values.shape == (25, 2)
+
+
 def test_a_resumed_run_that_repeats_steps_is_measured_anew(tmp_path):
     path = tmp_path / "run.h5"
     made_up_run(path, steps=20, condition=5, every=1, shapes=SHAPES)
