@@ -16,7 +16,7 @@ help:
 	@echo "make demo     set up, train three optimizers side by side, watch them in the browser"
 	@echo "make test     set up, then lint, check types and run all tests (installs Chromium)"
 	@echo "make samples  record sample_runs/*.h5 anew"
-	@echo "make benchmarks   measure what recording and an optimizer step cost, side by side (an hour)"
+	@echo "make benchmarks   measure what recording, an optimizer step and the page cost (an hour)"
 	@echo "make clean    remove what these commands made"
 
 demo: $(VENV)/ready
@@ -50,6 +50,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python benchmarks/recording_overhead.py
 	$(BIN)/python benchmarks/sharded_overhead.py
 	$(BIN)/python benchmarks/optimizer_step.py
+	$(BIN)/python benchmarks/dashboard_latency.py
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -110,7 +110,8 @@ def csv(store: Store, view: View, name: str) -> str:
 
 def _picture(store: Store, panel: Panel, view: View) -> dict[str, Any]:
     figure, notes = panel.draw(store, view)
-    figure["layout"]["uirevision"] = _digest(panel.subject(view))
+    # What says why it is empty has other axes than what takes its place.
+    figure["layout"]["uirevision"] = _digest([*panel.subject(view), bool(figure["data"])])
     return {**figure, "notes": list(notes), "summary": summary_of(figure)}
 
 

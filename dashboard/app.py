@@ -73,6 +73,12 @@ def _answer(app: dash.Dash, store: Store) -> None:
         answer.headers["Cache-Control"] = "private, max-age=31536000, immutable"
         return answer
 
+    def news() -> Response:
+        store.refresh()
+        soon = store.live or not store.entries
+        every = layout.LIVE_EVERY if soon else layout.WATCH_EVERY
+        return jsonify(version=store.version, every=every if store.live or store.folders else None)
+
     def changed() -> Response:
         asked = _asked()
         with store.lock:
@@ -90,6 +96,7 @@ def _answer(app: dash.Dash, store: Store) -> None:
 
     panel = f"<any({', '.join(BY_ID)}):panel>"
     app.server.add_url_rule("/plotly.js", view_func=plotly_js)
+    app.server.add_url_rule("/news", view_func=news, methods=["POST"])
     app.server.add_url_rule("/pictures", view_func=changed, methods=["POST"])
     app.server.add_url_rule(f"/numbers/{panel}", view_func=table, methods=["POST"])
     app.server.add_url_rule(f"/csv/{panel}", view_func=download, methods=["POST"])
@@ -118,7 +125,6 @@ def _follow_the_browser(app: dash.Dash) -> None:
         Input("matrix-select", "value"),
         Input("step", "value"),
         Input("stage-select", "value"),
-        Input("step", "max"),
         Input("recorded", "data"),
         Input("news", "data"),
         Input("theme", "data"),
@@ -127,22 +133,6 @@ def _follow_the_browser(app: dash.Dash) -> None:
 
 
 def _follow_the_runs(app: dash.Dash, store: Store) -> None:
-    @app.callback(
-        Output("news", "data"),
-        Output("tick", "interval"),
-        Output("tick", "max_intervals"),
-        Input("tick", "n_intervals"),
-        State("news", "data"),
-        # An interval shorter than its callback would never get an answer.
-        running=[(Output("tick", "disabled"), True, False)],
-    )
-    def tick(_: int, seen: int | None) -> tuple[Any, int, int]:
-        store.refresh()
-        news = store.version if store.version != seen else no_update
-        soon = store.live or not store.entries
-        every = layout.LIVE_EVERY if soon else layout.WATCH_EVERY
-        return news, every, -1 if store.live or store.folders else 0
-
     @app.callback(
         Output("run-list", "children"),
         Output("runs", "value"),
@@ -166,7 +156,7 @@ def _follow_the_runs(app: dash.Dash, store: Store) -> None:
         State("matrix-select", "value"),
         State("stage-select", "value"),
         State("step", "value"),
-        State("step", "max"),
+        State("recorded", "data"),
     )
     def steer(
         _: int,
@@ -176,14 +166,15 @@ def _follow_the_runs(app: dash.Dash, store: Store) -> None:
         matrix: str | None,
         stage: str,
         step: int,
-        newest: int,
+        recorded: list[int] | None,
     ) -> tuple[Any, ...]:
         with store.lock:
-            if not known:
+            if not known or not recorded:
                 now = start(read_link(query))
             else:
                 # The step follows the newest until it is moved away, and again once moved back.
-                now = Controls(known, ticked, matrix, stage, None if step >= newest else step)
+                newest = step >= recorded[-1]
+                now = Controls(known, ticked, matrix, stage, None if newest else step)
             new = steered(store, now)
             steps = store.recorded_steps()
             stride = -(-len(steps) // KEYBOARD_STEPS)

@@ -56,7 +56,8 @@ def steered(store: Store, now: Controls) -> Controls:
         wanted = [name for name in ids if name in (now.ticked or []) or name not in now.known]
     stages, steps = store.stages(), store.recorded_steps()
     return Controls(
-        known=list(dict.fromkeys([*now.known, *ids])),
+        # A run without a step may yet change what there is to look at first.
+        known=list(dict.fromkeys([*now.known, *(e.id for e in entries if len(e.run.steps))])),
         ticked=wanted,
         matrix=now.matrix if now.matrix in store.matrices() else most_imbalanced(entries),
         stage=now.stage if now.stage in stages else stages[-1],

@@ -114,7 +114,6 @@ def waiting_text(store: Store) -> list[Any]:
 def _memory() -> list[Any]:
     """Return what the browser remembers between callbacks; nothing of it is seen."""
     return [
-        dcc.Interval("tick", interval=LIVE_EVERY),
         dcc.Store("news"),  # version of the runs last shown
         dcc.Store("known"),  # ids of the runs ever shown
         dcc.Store("recorded"),  # steps for the arrow keys

@@ -41,11 +41,10 @@
 
   // What the keyboard asked for and the controls do not show yet.
   const ahead = {};
-  let news = null;
   let asked = "";
 
   const show = () => {
-    const now = JSON.stringify([lens.view, news]);
+    const now = JSON.stringify([lens.view, lens.news]);
     if (now === asked) return;
     asked = now;
     lens.refresh();
@@ -102,11 +101,12 @@
   };
 
   // Called by Dash whenever a control, the runs or the theme changed.
-  const look = (runs, matrix, step, stage, newest, recorded, version, dark, options) => {
+  const look = (runs, matrix, step, stage, recorded, version, dark, options) => {
+    const newest = recorded?.at(-1) ?? 1;
     lens.known = { newest, recorded: recorded || [], matrices: options || [] };
     if (!matrix) return ["", ""];
     lens.view = { runs: runs || [], matrix, step, stage, dark: dark === "dark", ...ahead };
-    news = version;
+    lens.news = version;
     remember();
     show();
     const end = step >= newest ? ", the newest" : ` of ${newest}`;

@@ -24,13 +24,24 @@
   const panels = () => [...document.querySelectorAll(".graph")];
   const plotOf = (id) => document.querySelector(`#${id} > .plot`);
 
+  class Lost extends Error {
+    constructor(status) {
+      super(
+        {
+          0: "The server does not answer. Is normuon-lens dashboard still running? Trying again …",
+          403: "The server was started anew: open the address that it printed.",
+        }[status] || "The server failed; its terminal says why. Trying again …",
+      );
+    }
+  }
+
   const ask = async (route, body) => {
     const answer = await fetch(route, {
       method: "POST",
       headers: { "Content-Type": "application/json" },
       body: JSON.stringify(body),
-    });
-    if (!answer.ok) throw new Error(answer.status === 403 ? "refused" : "failed");
+    }).catch(() => ({ status: 0 }));
+    if (!answer.ok) throw new Lost(answer.status);
     return answer;
   };
 
@@ -46,6 +57,24 @@
   }).then((answer) => answer.json());
   first.catch(() => {}); // the next request says what is wrong
 
+  // Ask for news while there may be some; Dash is told, and the controls follow, when there is.
+  let listening = false;
+
+  const listen = async () => {
+    listening = true;
+    let wait = RETRY;
+    try {
+      const { version, every } = await (await ask("news", {})).json();
+      contact(true);
+      if (version !== lens.news) window.dash_clientside.set_props("news", { data: version });
+      wait = every;
+    } catch (error) {
+      contact(false, error);
+    }
+    listening = wait !== null;
+    if (listening) setTimeout(listen, wait);
+  };
+
   const update = async (ids) => {
     const have = Object.fromEntries(ids.map((id) => [id, shown[id] || null]));
     const answer = await ask("pictures", { ...lens.view, windows, have });
@@ -54,8 +83,10 @@
 
   // -- when -----------------------------------------------------------------------------------
 
+  const PATIENCE = 3; // rounds
   let running = null;
   let again = false;
+  let waited = 0;
 
   const forget = () => {
     // A zoom belongs to its subject: what else is shown starts unzoomed.
@@ -77,9 +108,11 @@
       const near = ids.filter((id) => inSight.has(id));
       await update(near);
       lens.controlsFollow();
-      // What is out of sight waits until nothing else is wanted.
+      // What is out of sight waits until nothing else is wanted, but not for ever.
       const far = ids.filter((id) => !near.includes(id));
-      if (!again) await update([...far, OVERVIEW]);
+      if (again && ++waited < PATIENCE) continue;
+      waited = 0;
+      await update([...far, OVERVIEW]);
     } while (again);
     contact(true);
   };
@@ -104,13 +137,12 @@
 
   const contact = (there, error) => {
     const lost = document.getElementById("lost");
+    if (there && !lost.hidden) lens.refresh(); // what was asked for meanwhile
     lost.hidden = there;
     if (there) return;
-    lost.textContent =
-      error.message === "refused"
-        ? "The server was started anew: open the address that it printed."
-        : "The server does not answer. Is normuon-lens dashboard still running? Trying again …";
-    setTimeout(lens.refresh, RETRY);
+    if (!(error instanceof Lost)) throw error;
+    lost.textContent = error.message;
+    if (!listening) listen();
   };
 
   // -- drawing --------------------------------------------------------------------------------
@@ -223,5 +255,6 @@
       resized.observe(panel);
     }
     await first.then(paint, () => {});
+    listen();
   })();
 })();
