@@ -21,8 +21,14 @@ LEAST_TOP = 0.4
 SMOOTHING = 0.9
 """Weight of the past in the smoothed loss: an average over about ten logged values."""
 
+LEGEND_RUNS, LEGEND_LETTERS = 4, 48
+"""More runs or longer names leave a legend no room: the list of runs is one already."""
+
 SIDE = 128
 """Rows and columns of a picture of an update, at most: what fits when three stand side by side."""
+
+AT = " @ "
+"""Between the name of a run and the step shown of it, where that is not the chosen one."""
 
 NO_RUN = "No run is ticked."
 NO_STEP = "Waiting for the first step."
@@ -117,7 +123,7 @@ def _draw_spectrum(store: Store, view: View) -> Picture:
                 notes.append(f"{store.label(entry)}: {hidden} of {len(found.values)} lost in noise")
     if not curves:
         return _nothing(view, "spectra")
-    return Picture(spectrum.spectrum_figure(curves, dark=view.dark), notes)
+    return _with_legend(spectrum.spectrum_figure(curves, dark=view.dark), curves, notes)
 
 
 def _draw_neurons(store: Store, view: View) -> Picture:
@@ -133,7 +139,7 @@ def _draw_neurons(store: Store, view: View) -> Picture:
                 notes.append(f"{store.label(entry)}: {count} neurons not finite (NaN or ∞)")
     if not curves:
         return _nothing(view, "neuron norms")
-    return Picture(neurons.neurons_figure(curves, dark=view.dark), notes)
+    return _with_legend(neurons.neurons_figure(curves, dark=view.dark), curves, notes)
 
 
 def _draw_matrix(store: Store, view: View) -> Picture:
@@ -197,7 +203,7 @@ def _draw_stages(store: Store, view: View) -> Picture:
     if all(list(run.stages) == ["update"] for run in runs):
         notes.append("Only the update was recorded; attach(…, stages=True) records every stage")
     figure = stages.stages_figure(runs, chosen=view.stage, dark=view.dark)
-    return Picture(figure, notes)
+    return _with_legend(figure, runs, notes)
 
 
 def _stages(entry: Entry) -> list[str]:
@@ -226,7 +232,7 @@ def _draw_condition(store: Store, view: View) -> Picture:
     if not bands:
         return _nothing(view, "spectra")
     figure = condition.condition_figure(bands, until=SKIP, marks=marks, dark=view.dark)
-    return Picture(figure, [*_each_once(notes), *_told(store, view)])
+    return _with_legend(figure, bands, [*_each_once(notes), *_told(store, view)])
 
 
 def _deciles(values: np.ndarray) -> np.ndarray:
@@ -392,7 +398,7 @@ def _curve(store: Store, entry: Entry, step: int, view: View, values: np.ndarray
 
 def _named(store: Store, entry: Entry, step: int, view: View) -> str:
     name = store.label(entry)
-    return name if step == view.step else f"{name} @ {step}"
+    return name if step == view.step else f"{name}{AT}{step}"
 
 
 def _matrices(entry: Entry) -> list[str]:
@@ -430,8 +436,8 @@ def _points_note(given: int, shown: int) -> str:
 
 
 def _told(store: Store, view: View) -> list[str]:
-    """Return in words what the marks on the time axis mean, run by run."""
-    told = []
+    """Return in words what the marks on the time axis mean, and of which runs."""
+    told: dict[str, list[str]] = {}
     for entry in view.runs:
         void, dropped, broken = (len(steps) for steps in entry.marks(view.stage))
         said = [
@@ -439,9 +445,24 @@ def _told(store: Store, view: View) -> list[str]:
             f"samples lost at {_count(dropped, 'step')} (above)" * (dropped > 0),
             f"not finite at {_count(broken, 'step')} (dashed)" * (broken > 0),
         ]
-        if any(said):
-            told.append(f"{store.label(entry)}: {', '.join(filter(None, said))}")
-    return told
+        told.setdefault(", ".join(filter(None, said)), []).append(store.label(entry))
+    return [
+        f"{'every run' if 1 < len(view.runs) == len(runs) else ', '.join(runs)}: {text}"
+        for text, runs in told.items()
+        if text
+    ]
+
+
+def _with_legend(
+    figure: Figure, runs: Sequence[Curve | Band | stages.Stages], notes: Sequence[str]
+) -> Picture:
+    """Return a picture with its legend if there is room, else with what only that would say."""
+    names = [run.name for run in runs]
+    if len(names) <= LEGEND_RUNS and sum(map(len, names)) <= LEGEND_LETTERS:
+        return Picture(figure, notes)
+    figure["layout"]["showlegend"] = False
+    elsewhere = [name for name in names if AT in name]
+    return Picture(figure, [*notes, *([f"Nearest: {', '.join(elsewhere)}"] if elsewhere else [])])
 
 
 def _count(number: int, what: str) -> str:

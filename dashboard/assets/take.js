@@ -48,7 +48,7 @@
     const title = { text: `${about} · ${escaped}`, x: 0.02, xanchor: "left", font: { size: 14 } };
     title.y = 0.98;
     title.yanchor = "top";
-    const showlegend = panel === "loss" ? true : plot.layout.showlegend;
+    const showlegend = true; // the list of runs stays behind
     const size = { width: Math.max(width, 480), height: Math.max(height, 280) + 34 };
     return { data: plot.data, layout: { ...plot.layout, ...size, margin, title, showlegend } };
   };
