@@ -57,7 +57,7 @@ def steered(store: Store, now: Controls) -> Controls:
     stages, steps = store.stages(), store.recorded_steps()
     return Controls(
         # A run without a step may yet change what there is to look at first.
-        known=list(dict.fromkeys([*now.known, *(e.id for e in entries if len(e.run.steps))])),
+        known=list(dict.fromkeys([*now.known, *(e.id for e in entries if e.begun)])),
         ticked=wanted,
         matrix=now.matrix if now.matrix in store.matrices() else most_imbalanced(entries),
         stage=now.stage if now.stage in stages else stages[-1],

@@ -484,6 +484,6 @@ def _nothing(view: View, what: str) -> Picture:
 def _why(view: View) -> str:
     if not view.runs:
         return NO_RUN
-    if not any(len(entry.run.steps) for entry in view.runs if entry.run):
+    if not any(entry.begun for entry in view.runs):
         return NO_STEP
     return ""

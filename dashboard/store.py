@@ -91,6 +91,11 @@ class Entry:
         """Whether more steps may come."""
         return self.run is not None and self.run.live
 
+    @property
+    def begun(self) -> bool:
+        """Whether there is a step."""
+        return self.run is not None and len(self.run.steps) > 0
+
     def refresh(self) -> bool:
         """Look for new steps; tell whether anything changed."""
         before = self.error

@@ -12,7 +12,7 @@ from .demo import record
 
 STEPS = 600
 SEED = 0
-NORMS_EVERY = 5
+NORMS_EVERY = 10
 SPECTRA_EVERY = 10
 MATRICES_EVERY = 300
 

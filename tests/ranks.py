@@ -21,7 +21,13 @@ SETTINGS = {"OMP_NUM_THREADS": "1", "PYTHONWARNINGS": "error", "PYTHONUNBUFFERED
 
 # What ranks mostly need: this takes seconds, so one process imports it, once for all tests, and is
 # forked for every launch. It does nothing else, so every launch begins as if it were the first.
-IMPORTS = ("torch._dynamo", "torch.distributed.fsdp", "torch.distributed.tensor")
+IMPORTS = (
+    "torch._dynamo",
+    "torch.distributed.fsdp",
+    "torch.distributed.tensor",
+    "pytest",
+    "forked",
+)
 
 START = 120
 """Seconds to import this, or to fork, that only a hang takes, also on a busy machine."""
@@ -165,9 +171,13 @@ def _redirect(path):
 
 
 def _work(folder, rank, ranks, function, args):
+    import forked
     import torch.distributed as dist
 
+    from normuon_lens.hooks import feed
+
     try:
+        feed.subprocess = forked
         store = dist.FileStore(str(Path(folder, "store")), ranks)
         dist.init_process_group("gloo", store=store, rank=rank, world_size=ranks)
         result = function(*args)

@@ -18,6 +18,7 @@ import numpy as np
 import torch
 import torch.distributed as dist
 from torch import nn
+from transformers.pytorch_utils import Conv1D
 
 from normuon_lens.hooks import attach, budget
 from normuon_lens.optim import Muon, NorMuon, split_parameters
@@ -66,22 +67,11 @@ class Idle(nn.Module):
         return self.last(self.frozen(hidden))
 
 
-def convolutions():
-    from transformers.pytorch_utils import Conv1D
+class Copied(Conv1D):
+    """FSDP2 warns of a layer that returns a view."""
 
-    class Copied(Conv1D):
-        """FSDP2 warns of a layer that returns a view."""
-
-        def forward(self, x):
-            return super().forward(x).clone()
-
-    return nn.Sequential(
-        nn.Unflatten(1, (2, 4, 4)),
-        nn.Conv2d(2, 5, 3),
-        nn.ConvTranspose2d(5, 3, 2),
-        nn.Flatten(),
-        Copied(4, 27),
-    )
+    def forward(self, x):
+        return super().forward(x).clone()
 
 
 INPUTS_FIRST = ("convolutions: 2", "convolutions: 4")
@@ -101,7 +91,13 @@ MODELS: dict[str, Callable[[], nn.Module]] = {
     ),
     "tokens": Tokens,
     "idle": Idle,
-    "convolutions": convolutions,
+    "convolutions": lambda: nn.Sequential(
+        nn.Unflatten(1, (2, 4, 4)),
+        nn.Conv2d(2, 5, 3),
+        nn.ConvTranspose2d(5, 3, 2),
+        nn.Flatten(),
+        Copied(4, 27),
+    ),
 }
 
 

@@ -39,7 +39,7 @@ from normuon_lens.errors import AttachError
 from normuon_lens.hooks import Recorder, attach, company, feed, recorder
 from normuon_lens.hooks.track import Track
 from normuon_lens.optim import NorMuon
-from normuon_lens.runfile import Run, open_run
+from normuon_lens.runfile import Run, helper, open_run
 from normuon_lens.runfile.schema import parts_of
 
 STEPS = 16
@@ -526,13 +526,6 @@ def test_error_in_a_hook_of_one_rank_ends_the_recording_of_all(tmp_path: Path) -
 # -- a rank leaves, or is not there at a sampled step ---------------------------------------------
 
 
-IMPATIENT = (
-    "import sys; from normuon_lens.runfile import helper; helper.MERGE_SECONDS = 1; "
-    "sys.exit(helper.main(*map(int, sys.argv[1:])))"
-)
-"""A helper that waits for the others to finish for a second only."""
-
-
 def unhook(training: Training) -> None:
     assert training.lens
     training.lens._unhook()
@@ -573,8 +566,8 @@ def midway(act: Act) -> Act:
 
 
 def sleep_like_a_log(_: Training) -> None:
-    """Be stopped for some seconds."""
-    awake = subprocess.Popen(["sh", "-c", f"sleep 3; kill -CONT {os.getpid()}"])
+    """Be stopped for longer than a rank waits for the others where it is told not to."""
+    awake = subprocess.Popen(["sh", "-c", f"sleep 2; kill -CONT {os.getpid()}"])
     os.kill(os.getpid(), signal.SIGSTOP)
     awake.wait()
 
@@ -601,7 +594,7 @@ def no_room(*steps: int, on: int) -> Iterator[None]:
 def leaving(folder: Path) -> dict[str, Any]:
     told: dict[str, Any] = {"twins": twin("adamw").updates}
     with pytest.MonkeyPatch.context() as patch:
-        patch.setattr(feed, "HELPER", (sys.executable, "-P", "-c", IMPATIENT))
+        patch.setattr(helper, "MERGE_SECONDS", 1.0)  # of the helpers too, which are forks
         for name, acts in (
             ("close", [at(8, close, on=1)]),
             ("close-first", [at(8, close, on=0)]),

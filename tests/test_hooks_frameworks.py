@@ -34,7 +34,10 @@ BATCHES = 2 * STEPS
 Train = Callable[..., nn.Module]
 
 # Lightning asks torch in a way that torch deprecates.
-pytestmark = pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning")
+pytestmark = [
+    pytest.mark.filterwarnings("ignore:.isinstance.treespec, LeafSpec.*:FutureWarning"),
+    pytest.mark.usefixtures("forked_helpers"),
+]
 
 
 class Net(nn.Module):

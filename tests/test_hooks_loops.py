@@ -32,6 +32,9 @@ Loop = Callable[[Begin], list[Weights]]
 """Trains, calling `begin` when it is ready, and returns the weights then and after every step."""
 
 
+pytestmark = pytest.mark.usefixtures("forked_helpers")
+
+
 def make_model(dtype: torch.dtype = torch.float32) -> nn.Sequential:
     torch.manual_seed(0)
     layers = [nn.Linear(12, 24), nn.GELU(), nn.Linear(24, 8), nn.GELU(), nn.Linear(8, 12)]
@@ -811,8 +814,7 @@ def test_resuming_from_an_earlier_checkpoint(tmp_path: Path) -> None:
         train(model, optimizer, inputs(4))
         saved = copy.deepcopy((model.state_dict(), optimizer.state_dict()))
         train(model, optimizer, inputs(4, seed=2))
-    first = open_run(path)
-    abandoned = first.update("0", 6)
+    abandoned = open_run(path).update("0", 6)
 
     model = make_model()
     optimizer = torch.optim.AdamW(model.parameters(), LR, weight_decay=DECAY)

@@ -32,6 +32,8 @@ from normuon_lens.optim import NorMuon, split_parameters
 from normuon_lens.runfile import made_up_run, open_run
 from normuon_lens.runfile.schema import parts_of
 
+pytestmark = pytest.mark.usefixtures("forked_helpers")
+
 RUN = [sys.executable, "-m", "normuon_lens.cli.main", "run"]
 OURS = ("normuon-lens: ", "  look at it:")
 

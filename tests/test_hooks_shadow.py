@@ -19,6 +19,8 @@ from normuon_lens.optim import Muon, NorMuon
 from normuon_lens.runfile import open_run
 from normuon_lens.runfile.schema import parts_of
 
+pytestmark = pytest.mark.usefixtures("forked_helpers")
+
 LR = 1e-2
 RULES = ("adamw", "muon", "normuon")
 REAL: dict[str, Callable[..., torch.optim.Optimizer]] = {

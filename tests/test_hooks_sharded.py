@@ -25,6 +25,9 @@ from normuon_lens.runfile import Run, open_run
 
 STAGES = {"stages": True}
 
+
+pytestmark = pytest.mark.usefixtures("forked_helpers")
+
 ON_TWO = {
     "adamw": Case(options=STAGES),
     "normuon": Case(rule="NorMuon", options=STAGES),

@@ -22,6 +22,8 @@ from normuon_lens.hooks.track import Track
 from normuon_lens.optim import Muon, NorMuon
 from normuon_lens.runfile import open_run
 
+pytestmark = pytest.mark.usefixtures("forked_helpers")
+
 LR, BETA = 1e-2, 0.95
 STAGES = ["gradient", "momentum", "orthogonalized", "normalized", "update"]
 

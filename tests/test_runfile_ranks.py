@@ -2,6 +2,7 @@
 
 from __future__ import annotations
 
+import copy
 import dataclasses
 import json
 import os
@@ -10,7 +11,7 @@ import shutil
 import subprocess
 import threading
 import time
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from pathlib import Path
 from typing import Any
 
@@ -113,11 +114,13 @@ class Training:
         self.whole, self.path = folder / "whole.h5", folder / "x.h5"
         self.options = options
         self.writers: dict[int, Writer] = {}
+        self.known: dict[str, Any] | None = None
         self.open()
 
     def open(self, **options: Any) -> None:
         """Begin an attempt, of which the whole recording knows nothing but its steps."""
         metadata = {"optimizer": "SGD", "name": "run"}
+        self.known = None
         self.reference = Writer(
             self.whole, metadata, TABLE, resume=self.whole.exists() or parts_of(self.whole).exists()
         )
@@ -157,6 +160,18 @@ class Training:
             self.writers[rank].close(status)
         if self.reference.attempt is None and not ranks:
             self.reference.close(status)
+
+    def truth(self) -> dict[str, Any]:
+        """Read all of the recording of one process, if it is not known."""
+        return self.known or everything(open_run(self.whole))
+
+    def copied_to(self, folder: Path) -> Training:
+        """Return what a closed training left behind as if it had been recorded in a folder."""
+        shutil.copytree(self.path.parent, folder, dirs_exist_ok=True)
+        other = copy.copy(self)
+        other.whole, other.path = folder / self.whole.name, folder / self.path.name
+        other.writers = {}
+        return other
 
     def folder(self, rank: int, attempt: int = 0) -> Path:
         return parts_of(self.path) / shard_of(rank, self.ranks, attempt).folder
@@ -240,13 +255,15 @@ def expect_same(run: Run, reference: Run | dict[str, Any]) -> None:
             np.testing.assert_array_equal(mine[name], values, name)
 
 
-def with_holes(reference: Run, ranks: Sequence[int], holes: Iterable[tuple[int, int]]) -> Any:
+def with_holes(
+    reference: dict[str, Any], ranks: Sequence[int], holes: Iterable[tuple[int, int]]
+) -> dict[str, Any]:
     """Return all of a whole run but what the ranks of `holes` (rank, step) have of it."""
-    expected = everything(reference)
+    expected = copy.deepcopy(reference)
     world = len(ranks)
     for rank, step in holes:
         shard, place = shard_of(rank, ranks), ranks.index(rank)
-        at = reference.steps.tolist().index(step)
+        at = expected["steps"].tolist().index(step)
         if place == 0:
             expected["scalar loss"][at] = np.nan
         for stage in STAGES:
@@ -268,9 +285,9 @@ def with_holes(reference: Run, ranks: Sequence[int], holes: Iterable[tuple[int, 
     return expected
 
 
-def expect_holes(training: Training, holes: Iterable[tuple[int, int]]) -> None:
-    run = open_run(training.path)
-    expected = with_holes(open_run(training.whole), training.ranks, holes)
+def expect_holes(run: Run, training: Training, holes: Iterable[tuple[int, int]]) -> None:
+    """Hold all of `run` against the recording of one process without what ranks have not."""
+    expected = with_holes(training.truth(), training.ranks, holes)
     found = everything(run)
     for metric in METRICS:
         found.pop(metric)
@@ -283,20 +300,40 @@ def expect_holes(training: Training, holes: Iterable[tuple[int, int]]) -> None:
             assert found[name] == values, name
 
 
-@pytest.fixture(autouse=True)
-def _quick(monkeypatch: pytest.MonkeyPatch) -> None:
+@pytest.fixture(autouse=True, scope="module")
+def _quick() -> Iterator[None]:
     """Spare the disk: what must survive a crash of the machine is not tested here."""
-    monkeypatch.setattr(os, "fsync", lambda _: None)
+    with pytest.MonkeyPatch.context() as patch:
+        patch.setattr(os, "fsync", lambda _: None)
+        yield
+
+
+def record_two(folder: Path) -> Training:
+    training = Training(folder, 2)
+    for start in range(1, 21, 4):
+        training.step(*range(start, start + 4))
+        training.commit()
+    return training
 
 
 @pytest.fixture
 def two(tmp_path: Path) -> Training:
     """Return a training of two ranks with 20 steps in five segments, still being recorded."""
-    training = Training(tmp_path, 2)
-    for start in range(1, 21, 4):
-        training.step(*range(start, start + 4))
-        training.commit()
+    return record_two(tmp_path)
+
+
+@pytest.fixture(scope="module")
+def recorded(tmp_path_factory: pytest.TempPathFactory) -> Training:
+    training = record_two(tmp_path_factory.mktemp("recorded"))
+    training.close()
+    training.known = training.truth()
     return training
+
+
+@pytest.fixture
+def closed(recorded: Training, tmp_path: Path) -> Training:
+    """Return the same training, closed, to do with as one likes: recorded once for all tests."""
+    return recorded.copied_to(tmp_path)
 
 
 @pytest.mark.parametrize(("world", "first"), [(1, 0), (2, 0), (2, 6), (3, 0), (4, 0)])
@@ -417,38 +454,38 @@ def test_few_files_stay_open(two: Training, monkeypatch: pytest.MonkeyPatch) -> 
 # -- holes ---------------------------------------------------------------------------------------
 
 
-def test_files_of_a_rank_that_are_gone_are_holes(two: Training) -> None:
-    two.close()
-    for rank in two.ranks:
-        away = two.folder(rank).with_name("away")
-        two.folder(rank).rename(away)
-        run = open_run(two.path)
+def test_files_of_a_rank_that_are_gone_are_holes(closed: Training) -> None:
+    for rank in closed.ranks:
+        away = closed.folder(rank).with_name("away")
+        closed.folder(rank).rename(away)
+        run = open_run(closed.path)
         assert run.holes == [Hole(rank, (1, 20), "no files of this rank")]
         assert run.status == f"rank {rank}: no files of this rank"
         assert "1 holes" in repr(run)
         if rank == 1:
-            expect_holes(two, [(rank, step) for step in range(1, 21)])
-        away.rename(two.folder(rank))
-    assert open_run(two.path).holes == []
+            expect_holes(run, closed, [(rank, step) for step in range(1, 21)])
+        away.rename(closed.folder(rank))
+    assert open_run(closed.path).holes == []
 
 
 @pytest.mark.parametrize("rank", [0, 1])
 @pytest.mark.parametrize("keep", [None, 0, 7, 100, 1000, 3000, -500, -1])
-def test_segment_that_is_lost_or_cut_is_a_hole(rank: int, keep: int | None, two: Training) -> None:
-    two.close()
-    entry = manifest_of(two, rank).segments[3]
+def test_segment_that_is_lost_or_cut_is_a_hole(
+    rank: int, keep: int | None, closed: Training
+) -> None:
+    entry = manifest_of(closed, rank).segments[3]
     assert (entry.first, entry.last) == (9, 12)
-    file = two.folder(rank) / entry.file
+    file = closed.folder(rank) / entry.file
     if keep is None:
         file.unlink()
     else:
         file.write_bytes(file.read_bytes()[:keep])
-    run = open_run(two.path)
+    run = open_run(closed.path)
     (hole,) = run.holes
     assert hole[:2] == (rank, (9, 12))
     assert f"{entry.file} is damaged" in hole.reason
     assert [(damage.path, damage.steps) for damage in run.damaged] == [(file, (9, 12))]
-    expect_holes(two, [(rank, step) for step in range(9, 13)])
+    expect_holes(run, closed, [(rank, step) for step in range(9, 13)])
 
 
 def test_last_segments_that_a_dead_rank_never_wrote_are_holes(two: Training) -> None:
@@ -460,7 +497,7 @@ def test_last_segments_that_a_dead_rank_never_wrote_are_holes(two: Training) -> 
     run = open_run(two.path)
     assert run.holes == [Hole(1, (21, 23), "interrupted")]
     assert run.status == "interrupted"
-    expect_holes(two, [(1, 21), (1, 22), (1, 23)])
+    expect_holes(run, two, [(1, 21), (1, 22), (1, 23)])
 
 
 def test_rank_that_stopped_says_why(two: Training) -> None:
@@ -483,7 +520,7 @@ def test_rows_that_a_rank_dropped_are_holes_between_others(two: Training) -> Non
     run = open_run(two.path)
     missing = [Hole(0, (24, 24), "missing"), Hole(1, (21, 22), "missing")]
     assert run.holes == missing
-    expect_holes(two, [(1, 21), (1, 22), (0, 24)])
+    expect_holes(run, two, [(1, 21), (1, 22), (0, 24)])
 
 
 def test_packed_file_keeps_its_holes(two: Training) -> None:
@@ -544,7 +581,7 @@ def test_passes_through_a_step_are_never_mixed(tmp_path: Path) -> None:
     (training.folder(1) / lost.file).unlink()
     run = open_run(training.path)
     assert [hole[:2] for hole in run.holes] == [(1, (5, 8))]
-    expect_holes(training, [(1, step) for step in range(5, 9)])
+    expect_holes(run, training, [(1, step) for step in range(5, 9)])
 
 
 def test_pass_without_samples_hides_those_of_the_pass_before(tmp_path: Path) -> None:
@@ -561,27 +598,26 @@ def test_pass_without_samples_hides_those_of_the_pass_before(tmp_path: Path) -> 
 
 
 @pytest.mark.parametrize("packed", [False, True])
-def test_later_attempt_wins_with_all_of_its_ranks(packed: bool, two: Training) -> None:
-    two.close()
+def test_later_attempt_wins_with_all_of_its_ranks(packed: bool, closed: Training) -> None:
     if packed:
-        pack_module.pack(two.path)
-    two.open(resume=True)
-    assert [writer.attempt for writer in two.writers.values()] == [0 if packed else 1] * 2
-    assert two.writers[0].last_step == 20
-    two.step(*range(15, 31), take=1)
-    two.close()
-    run, reference = open_run(two.path), open_run(two.whole)
+        pack_module.pack(closed.path)
+    closed.open(resume=True)
+    assert [writer.attempt for writer in closed.writers.values()] == [0 if packed else 1] * 2
+    assert closed.writers[0].last_step == 20
+    closed.step(*range(15, 31), take=1)
+    closed.close()
+    run, reference = open_run(closed.path), open_run(closed.whole)
     expect_same(run, reference)
     assert run.overlaps == reference.overlaps == 6
     assert [event.text for event in run.events] == ["recording resumed"]
-    shutil.rmtree(two.folder(1, 0 if packed else 1))
-    holed = open_run(two.path)
+    shutil.rmtree(closed.folder(1, 0 if packed else 1))
+    holed = open_run(closed.path)
     assert holed.holes == [Hole(1, (15, 30), "no files of this rank")]
-    expect_holes(two, [(1, step) for step in range(15, 31)])
+    expect_holes(holed, closed, [(1, step) for step in range(15, 31)])
     before = everything(holed)
-    copy = pack_module.pack(two.path, two.path.with_name("copy.h5")).path
-    expect_same(open_run(copy), before)
-    assert open_run(copy).holes == holed.holes
+    again = pack_module.pack(closed.path, closed.path.with_name("again.h5")).path
+    expect_same(open_run(again), before)
+    assert open_run(again).holes == holed.holes
 
 
 def test_attempt_of_other_ranks_is_read_too(tmp_path: Path) -> None:
@@ -735,18 +771,17 @@ def test_finished_and_interrupted_recordings_are_not_overwritten(two: Training) 
         lead(two.path)
 
 
-def test_one_process_does_not_go_on_where_several_ranks_were(two: Training) -> None:
-    two.close()
+def test_one_process_does_not_go_on_where_several_ranks_were(closed: Training) -> None:
     with pytest.raises(RunError, match="by several ranks: make it one file first: normuon-lens"):
-        Writer(two.path, {}, TABLE, resume=True)
-    pack_module.pack(two.path)
-    writer = Writer(two.path, {}, TABLE, resume=True)
+        Writer(closed.path, {}, TABLE, resume=True)
+    pack_module.pack(closed.path)
+    writer = Writer(closed.path, {}, TABLE, resume=True)
     assert writer.last_step == 20
     writer.abandon("it rained")
     with pytest.raises(RunError, match="by one process: make it one file first: normuon-lens"):
-        lead(two.path, resume=True)
-    pack_module.pack(two.path)
-    assert lead(two.path, resume=True).attempt == 0
+        lead(closed.path, resume=True)
+    pack_module.pack(closed.path)
+    assert lead(closed.path, resume=True).attempt == 0
 
 
 def test_rank_does_not_take_the_place_of_another(two: Training) -> None:
@@ -764,13 +799,12 @@ def test_recording_without_a_step_leaves_nothing(tmp_path: Path) -> None:
     assert list(tmp_path.iterdir()) == []
 
 
-def test_discarded_attempt_leaves_the_one_before(two: Training) -> None:
-    two.close()
-    found = sorted(parts_of(two.path).rglob("*"))
-    two.open(resume=True)
-    for writer in two.writers.values():
+def test_discarded_attempt_leaves_the_one_before(closed: Training) -> None:
+    found = sorted(parts_of(closed.path).rglob("*"))
+    closed.open(resume=True)
+    for writer in closed.writers.values():
         writer.discard()
-    assert sorted(parts_of(two.path).rglob("*")) == found
+    assert sorted(parts_of(closed.path).rglob("*")) == found
 
 
 def job(restart: int, name: str = "a") -> dict[str, Any]:
@@ -896,10 +930,9 @@ def test_lead_keeps_damaged_parts(two: Training) -> None:
 
 @pytest.mark.parametrize("after", ["written", "replaced", "listed", "rank 0"])
 def test_packing_that_is_killed_loses_nothing_and_shows_nothing_twice(
-    after: str, two: Training, monkeypatch: pytest.MonkeyPatch
+    after: str, closed: Training, monkeypatch: pytest.MonkeyPatch
 ) -> None:
-    two.close()
-    expected = everything(open_run(two.path))
+    expected = everything(open_run(closed.path))
 
     class Killed(BaseException):
         pass
@@ -908,7 +941,7 @@ def test_packing_that_is_killed_loses_nothing_and_shows_nothing_twice(
         raise Killed
 
     def remove_one(parts: Path) -> None:
-        shutil.rmtree(two.folder(0))
+        shutil.rmtree(closed.folder(0))
         raise Killed
 
     with monkeypatch.context() as patch:
@@ -919,34 +952,33 @@ def test_packing_that_is_killed_loses_nothing_and_shows_nothing_twice(
         else:
             patch.setattr(pack_module, "remove_parts", die if after == "listed" else remove_one)
         with pytest.raises(Killed):
-            pack_module.pack_in_place(two.path)
-    run = open_run(two.path)
+            pack_module.pack_in_place(closed.path)
+    run = open_run(closed.path)
     expect_same(run, expected)
     assert run.status == "finished"
     assert run.holes == []
-    two.open(resume=True)
-    two.step(21)
-    two.close()
-    expect_same(open_run(two.path), open_run(two.whole))
+    closed.open(resume=True)
+    closed.step(21)
+    closed.close()
+    expect_same(open_run(closed.path), open_run(closed.whole))
 
 
 # -- whatever lies there -------------------------------------------------------------------------
 
 
-def test_links_are_not_followed_out_of_the_parts(two: Training, tmp_path: Path) -> None:
-    two.close()
+def test_links_are_not_followed_out_of_the_parts(closed: Training, tmp_path: Path) -> None:
     away = tmp_path / "away"
-    two.folder(1).rename(away)
-    two.folder(1).symlink_to(away)
-    run = open_run(two.path)
+    closed.folder(1).rename(away)
+    closed.folder(1).symlink_to(away)
+    run = open_run(closed.path)
     assert run.holes == [Hole(1, (1, 20), "a link, which is not followed")]
-    assert [damage.path for damage in run.damaged] == [two.folder(1)]
-    two.folder(1).unlink()
-    away.rename(two.folder(1))
-    file = two.folder(1) / manifest_of(two, 1).segments[1].file
+    assert [damage.path for damage in run.damaged] == [closed.folder(1)]
+    closed.folder(1).unlink()
+    away.rename(closed.folder(1))
+    file = closed.folder(1) / manifest_of(closed, 1).segments[1].file
     file.rename(tmp_path / "segment.h5")
     file.symlink_to(tmp_path / "segment.h5")
-    (hole,) = open_run(two.path).holes
+    (hole,) = open_run(closed.path).holes
     assert hole[:2] == (1, (1, 4))
     assert "a link, which is not followed" in hole.reason
 
@@ -955,33 +987,30 @@ def test_links_are_not_followed_out_of_the_parts(two: Training, tmp_path: Path) 
     "name",
     ["rank1", "rank00001.attempt0", "rank00001.attempt01", "rank99999999", "rank-0001", "rank"],
 )
-def test_other_folders_are_not_ranks(name: str, two: Training) -> None:
-    two.close()
-    shutil.copytree(two.folder(1), parts_of(two.path) / name)
-    expect_same(open_run(two.path), open_run(two.whole))
-    assert not open_run(two.path).damaged
+def test_other_folders_are_not_ranks(name: str, closed: Training) -> None:
+    shutil.copytree(closed.folder(1), parts_of(closed.path) / name)
+    expect_same(open_run(closed.path), closed.truth())
+    assert not open_run(closed.path).damaged
 
 
 @pytest.mark.parametrize("name", ["rank00007", "rank9999999", "rank00001.attempt3"])
-def test_folder_of_another_rank_is_damaged(name: str, two: Training) -> None:
-    two.close()
-    shutil.copytree(two.folder(1), parts_of(two.path) / name)
-    run = open_run(two.path)
+def test_folder_of_another_rank_is_damaged(name: str, closed: Training) -> None:
+    shutil.copytree(closed.folder(1), parts_of(closed.path) / name)
+    run = open_run(closed.path)
     assert run.damaged
     assert "recorded by rank 1 in attempt 0" in run.damaged[0].reason
     assert len(run.steps) == 20
     assert run.holes == []
 
 
-def test_rank_of_other_matrices_is_a_hole(two: Training) -> None:
-    two.close()
-    shutil.rmtree(two.folder(1))
+def test_rank_of_other_matrices_is_a_hole(closed: Training) -> None:
+    shutil.rmtree(closed.folder(1))
     table = Matrices([dataclasses.replace(matrix, n=matrix.n + 1) for matrix in TABLE])
-    shard = shard_of(1, two.ranks, 0)
-    writer = Writer(two.path, {}, table, shard=shard)
+    shard = shard_of(1, closed.ranks, 0)
+    writer = Writer(closed.path, {}, table, shard=shard)
     writer.step(3, 0.0, scalars={}, norms={})
     writer.close()
-    run = open_run(two.path)
+    run = open_run(closed.path)
     assert {hole.rank for hole in run.holes} == {1}
     assert "its matrices are not this run's" in run.damaged[0].reason
     assert np.isnan(run.neuron_norms("up")[:, 3:]).all()
@@ -1020,21 +1049,19 @@ def a_matrix(file: h5py.File) -> str:
 
 
 @pytest.mark.parametrize("lie", LIES)
-def test_segment_that_lies_is_damaged(lie: str, two: Training) -> None:
-    two.close()
-    file = two.folder(1) / manifest_of(two, 1).segments[1].file
+def test_segment_that_lies_is_damaged(lie: str, closed: Training) -> None:
+    file = closed.folder(1) / manifest_of(closed, 1).segments[1].file
     with h5py.File(file, "r+", libver=("v110", "v110")) as opened:
         LIES[lie](opened)
-    run = open_run(two.path)
+    run = open_run(closed.path)
     assert [damage.path for damage in run.damaged] == [file]
     assert [hole[:2] for hole in run.holes] == [(1, (1, 4))]
     assert "\n" not in run.damaged[0].reason
-    expect_holes(two, [(1, step) for step in range(1, 5)])
+    expect_holes(run, closed, [(1, step) for step in range(1, 5)])
 
 
-def test_segment_of_a_rank_is_no_run_of_its_own(two: Training) -> None:
-    two.close()
-    file = two.folder(1) / manifest_of(two, 1).segments[1].file
+def test_segment_of_a_rank_is_no_run_of_its_own(closed: Training) -> None:
+    file = closed.folder(1) / manifest_of(closed, 1).segments[1].file
     with pytest.raises(RunError, match="what one of several ranks recorded"):
         open_run(file)
 

@@ -20,6 +20,8 @@ from normuon_lens.sample_runs.model import GPT, Shape
 from normuon_lens.sample_runs.train import NAME, train
 from normuon_lens.sample_runs.training import RECIPES, Recipe, Training
 
+pytestmark = pytest.mark.usefixtures("forked_helpers")
+
 HERE = Path(normuon_lens.sample_runs.__file__).parent
 NAMES = ("adamw", "muon", "normuon")
 

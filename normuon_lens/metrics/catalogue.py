@@ -368,8 +368,8 @@ _ROWS = (
         "neurons not finite",
         "count",
         "#{i : rᵢ = ∞ or not a number}",
-        "Neurons whose update was infinite or not a number. Anything above 0 is a training that has "
-        "diverged, or is about to.",
+        "Neurons whose update was infinite or not a number. Above 0 the training has diverged, or "
+        "is about to.",
         _NORMS,
         neurons.neuron_not_finite,
     ),
