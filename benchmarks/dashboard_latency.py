@@ -5,8 +5,9 @@ minutes, 2 GB of disk). Two folders of three runs each are made up first: a smal
 matrices) and a large one (10,000 steps, 100 matrices), with spectra every tenth step, and full
 matrices every tenth or hundredth.
 
-- *First plot*: from asking for the address until the first picture is drawn, and until all eight
-  are; cold, with a server just started, and warm, in a browser that has never seen the page.
+- *First plot*: from asking for the address until the first picture is drawn / until all eight are:
+  cold, with a server just started; new, with a warm server and a browser that has never seen the
+  page and must compile plotly.js first; again, with both warm.
 - *Key press*: ten recorded steps on or back, so that every picture of one step changes. The clock
   starts at the event's own time and stops when the last picture in the window is drawn.
 - *Live ticks*: a recording grows, the page looks every 150 ms; the browser's heap after a garbage
@@ -22,8 +23,9 @@ import subprocess
 import sys
 import tempfile
 import time
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from contextlib import contextmanager
+from functools import partial
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -74,7 +76,9 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         medians = []
-        print(f"{'':<34}{'first plot, cold':>18}{'warm':>14}{'key press p50':>15}{'p95':>8}")
+        print(
+            f"{'first plot / all, s':<42}{'cold':>13}{'new':>13}{'again':>13}{'key p50':>10}{'p95':>8}"
+        )
         for name, steps, blocks, keep in (("small", 300, 2, 10), ("large", 10_000, 17, 100)):
             place = Path(folder) / name
             count = make(place, steps, blocks, keep)
@@ -82,13 +86,13 @@ def main() -> None:
             with served(place) as (address, _):
                 cold, page = opened(browser, address)
                 warm = [closed(*opened(browser, address)) for _ in range(asked.openings)]
+                again = [timed(page, page.reload) for _ in range(asked.openings)]
                 moves = pressed(page, asked.moves)
                 page.context.close()
-            first, full = (statistics.median(part) for part in zip(*warm, strict=True))
             medians.append(statistics.median(moves))
             print(
-                f"{told:<34}{cold.first:>8.2f} / {cold.all:<5.2f} s{first:>6.2f} / {full:<4.2f} s"
-                f"{medians[-1]:>12.0f} ms{np.percentile(moves, 95):>5.0f} ms"
+                f"{told:<42}{seconds([cold])}{seconds(warm)}{seconds(again)}"
+                f"{medians[-1]:>7.0f} ms{np.percentile(moves, 95):>5.0f} ms"
             )
         print(f"latency, large over small: {medians[1] / medians[0]:.2f}x")
         grow(browser, Path(folder) / "live", asked.ticks)
@@ -157,10 +161,21 @@ def served(folder: Path, every: int = 1500) -> Iterator[tuple[str, int]]:
 def opened(browser: Browser, address: str) -> tuple[Opening, Page]:
     """Open the page in a window without a memory; return what it took, and the page."""
     page = browser.new_context(viewport=WINDOW).new_page()
+    return timed(page, partial(page.goto, address)), page
+
+
+def timed(page: Page, go: Callable[..., Any]) -> Opening:
+    """Return how long it takes from going there until the pictures are drawn."""
     start = time.monotonic()
-    page.goto(address, wait_until="commit")
+    go(wait_until="commit")
     first = until(page, f"{DRAWN} > 0") - start
-    return Opening(first, until(page, f"{DRAWN} >= {PANELS}") - start), page
+    return Opening(first, until(page, f"{DRAWN} >= {PANELS}") - start)
+
+
+def seconds(openings: Sequence[Opening]) -> str:
+    """Return the medians of some openings."""
+    first, full = (statistics.median(part) for part in zip(*openings, strict=True))
+    return f"{first:>6.2f} /{full:>5.2f}"
 
 
 def closed(opening: Opening, page: Page) -> Opening:

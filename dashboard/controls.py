@@ -56,8 +56,9 @@ def steered(store: Store, now: Controls) -> Controls:
         wanted = [name for name in ids if name in (now.ticked or []) or name not in now.known]
     stages, steps = store.stages(), store.recorded_steps()
     return Controls(
-        # A run without a step may yet change what there is to look at first.
-        known=list(dict.fromkeys([*now.known, *(e.id for e in entries if e.begun)])),
+        # A run without a step may yet change what there is to look at first; one that went is new
+        # when it comes again.
+        known=[e.id for e in store.entries if e.begun or e.id in now.known],
         ticked=wanted,
         matrix=now.matrix if now.matrix in store.matrices() else most_imbalanced(entries),
         stage=now.stage if now.stage in stages else stages[-1],

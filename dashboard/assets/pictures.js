@@ -47,14 +47,13 @@
 
   lens.ask = (route) => ask(route, { ...lens.view, windows });
 
-  // Asked for while the page is still being put together, and of these none needs all there is.
-  const first = ask("pictures", {
-    query: window.location.search,
-    dark: lens.view.dark,
-    have: Object.fromEntries(
-      ["loss", "spectrum", "neurons", "timeline"].map((id) => [id, null]),
-    ),
-  }).then((answer) => answer.json());
+  // Asked for while the page is still being put together: what the address says is enough.
+  const open = async (ids) => {
+    const have = Object.fromEntries(ids.map((id) => [id, null]));
+    const view = { query: window.location.search, dark: lens.view.dark };
+    return (await ask("pictures", { ...view, have })).json();
+  };
+  const first = open(["loss", "spectrum", "neurons", "timeline"]); // none needs all there is
   first.catch(() => {}); // the next request says what is wrong
 
   // Ask for news while there may be some; Dash is told, and the controls follow, when there is.
@@ -255,6 +254,7 @@
       resized.observe(panel);
     }
     await first.then(paint, () => {});
+    await open(["condition", "imbalance"]).then(paint, () => {});
     listen();
   })();
 })();
