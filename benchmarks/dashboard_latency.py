@@ -76,9 +76,8 @@ def main() -> None:
     with tempfile.TemporaryDirectory() as folder, sync_playwright() as playwright:
         browser = playwright.chromium.launch(executable_path=chromium, args=["--no-sandbox"])
         medians = []
-        print(
-            f"{'first plot / all, s':<42}{'cold':>13}{'new':>13}{'again':>13}{'key p50':>10}{'p95':>8}"
-        )
+        head = f"{'first plot / all, s':<42}{'cold':>13}{'new':>13}{'again':>13}"
+        print(f"{head}{'key p50':>10}{'p95':>8}")
         for name, steps, blocks, keep in (("small", 300, 2, 10), ("large", 10_000, 17, 100)):
             place = Path(folder) / name
             count = make(place, steps, blocks, keep)
