@@ -18,7 +18,7 @@ from .headline import BALANCED, EVEN
 from .layout import swatch
 from .link import read_link
 from .overview import Cell, overview, sparkline
-from .panels import PANELS, Panel, View, Window
+from .panels import BY_ID, Panel, View, Window
 from .python import python_of
 from .store import Store
 
@@ -27,8 +27,6 @@ OVERVIEW = "overview"
 
 ROWS = 400
 """Rows of numbers shown on the page; the CSV has all."""
-
-BY_ID = {panel.id: panel for panel in PANELS}
 
 
 def view_of(store: Store, asked: Mapping[str, Any]) -> View:

@@ -16,11 +16,12 @@ from flask import Response, jsonify, request
 from plotly.offline import get_plotlyjs
 
 from . import layout
-from .answers import BY_ID, csv, numbers, pictures, view_of
+from .answers import csv, numbers, pictures, view_of
 from .controls import Controls, start, steered
 from .findings import findings
 from .headline import headlines_of
 from .link import read_link
+from .panels import BY_ID
 from .store import Store
 
 ASSETS = Path(__file__).parent / "assets"

@@ -15,7 +15,7 @@ from normuon_lens.analysis.settled import SKIP
 from .figures.palette import Style
 from .findings import Finding
 from .headline import BALANCED, EVEN, Headline, Share
-from .panels import PANELS, Panel
+from .panels import BY_ID, Panel
 from .store import Entry, Store
 
 LIVE_EVERY, WATCH_EVERY = 1500, 5000
@@ -197,7 +197,7 @@ def _side() -> list[Any]:
             attributes={"root": {"id": "runs"}},
             className="runs",
         ),
-        _panel(_of("loss")),
+        _panel(BY_ID["loss"]),
     ]
 
 
@@ -215,15 +215,15 @@ def _content() -> list[Any]:
             className="footnote",
         ),
         html.Div(
-            [_panel(_of("condition")), _panel(_of("imbalance"), *_map_or_table())],
+            [_panel(BY_ID["condition"]), _panel(BY_ID["imbalance"], *_map_or_table())],
             className="row overview",
         ),
         html.H2(id="chosen"),
         html.Div(
-            [_panel(_of(name)) for name in ("spectrum", "neurons", "timeline")],
+            [_panel(BY_ID[name]) for name in ("spectrum", "neurons", "timeline")],
             className="row detail",
         ),
-        html.Div([_panel(_of(name)) for name in ("matrix", "stages")], className="row inside"),
+        html.Div([_panel(BY_ID[name]) for name in ("matrix", "stages")], className="row inside"),
     ]
 
 
@@ -256,10 +256,6 @@ def _waiting() -> Any:
 def _attributes(**values: str) -> dict[str, Any]:
     """Return HTML attributes whose names have hyphens, such as ``aria-label``."""
     return {name.replace("_", "-"): value for name, value in values.items()}
-
-
-def _of(name: str) -> Panel:
-    return next(panel for panel in PANELS if panel.id == name)
 
 
 def _panel(panel: Panel, switch: Any = None, other: Any = None) -> Any:

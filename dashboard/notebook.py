@@ -10,7 +10,7 @@ from normuon_lens.errors import LensError
 from normuon_lens.runfile import Run
 
 from .controls import Controls, steered
-from .panels import PANELS, View
+from .panels import BY_ID, View
 from .store import Store
 
 if TYPE_CHECKING:
@@ -60,9 +60,8 @@ def draw(
     """
     import plotly.graph_objects as go
 
-    by_id = {each.id: each for each in PANELS}
-    if panel not in by_id:
-        raise LensError(f"no panel is called {panel!r}: there are {', '.join(by_id)}")
+    if panel not in BY_ID:
+        raise LensError(f"no panel is called {panel!r}: there are {', '.join(BY_ID)}")
     store = Store([run.path if isinstance(run, Run) else Path(run) for run in runs])
     for what, given, there in (
         ("matrix", matrix, store.matrices()),
@@ -74,4 +73,4 @@ def draw(
     newest = store.recorded_steps()[-1]
     shown = newest if now.step is None else now.step
     view = View(store.chosen(now.known), now.matrix or "", shown, stage, dark)
-    return go.Figure(by_id[panel].draw(store, view).figure)
+    return go.Figure(BY_ID[panel].draw(store, view).figure)

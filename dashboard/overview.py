@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 from collections.abc import Sequence
+from functools import partial
 from itertools import groupby
 from typing import NamedTuple
 
@@ -73,6 +74,10 @@ def overview(entries: Sequence[Entry], stage: str) -> list[MatrixRow]:
 
 def cells_of(entry: Entry, stage: str) -> list[Cell]:
     """Return one cell a matrix of a readable run, in model order."""
+    return entry.once(("cells", stage), partial(_measured, entry, stage))
+
+
+def _measured(entry: Entry, stage: str) -> list[Cell]:
     assert entry.run is not None
     sizes = np.array([matrix.m for matrix in entry.run.table])
     condition = settled(entry.series("condition_number", stage))

@@ -369,6 +369,8 @@ PANELS = (
 )
 """In the order of the page: all matrices first, then one of them."""
 
+BY_ID = {panel.id: panel for panel in PANELS}
+
 
 def smoothed(values: np.ndarray) -> np.ndarray:
     """Return the running exponential mean of values (T,), free of a bias towards the first."""

@@ -4,7 +4,7 @@ from __future__ import annotations
 
 from collections.abc import Sequence
 
-from .panels import PANELS, View
+from .panels import BY_ID, View
 
 OPEN = "import normuon_lens as nl\nruns = [nl.open_run(path) for path in {paths}]\n"
 
@@ -38,6 +38,6 @@ def python_of(panel: str, view: View) -> str:
 
 def _steps(name: str, view: View) -> Sequence[int]:
     """Return the step that the panel shows of every run: the nearest that was recorded."""
-    moments = next(panel.moments for panel in PANELS if panel.id == name)
+    moments = BY_ID[name].moments
     found = [moments(entry, view) if moments else [] for entry in view.runs]
     return [steps[0] if steps else view.step for steps in found]

@@ -41,6 +41,10 @@ class FeedSilent(FeedLost):
     """The helper process does not answer; it may still finish what it was handed."""
 
 
+class FeedEnded(FeedLost):
+    """The helper process has ended."""
+
+
 class Feed:
     """A running helper process and the shared memory that feeds it.
 
@@ -133,7 +137,7 @@ class Feed:
             free = memoryview(self._heard)[self._heard.find(0) : HEARD_BYTES]
             try:
                 if not os.readv(self._from, [free]):
-                    raise FeedLost(self._last_words())
+                    raise FeedEnded(self._last_words())
             except BlockingIOError:
                 return
 
@@ -153,7 +157,12 @@ class Feed:
         while not sent or self._span[0] < self._span[1]:
             if time.monotonic() >= deadline:
                 raise FeedSilent(f"the helper process did not answer within {seconds:.0f} s")
-            self._wait_for_answer()
+            try:
+                self._wait_for_answer()
+            except FeedEnded:
+                # With its last answer it may be gone already.
+                if not sent or self._span[0] < self._span[1]:
+                    raise
         return self.answers[answer]
 
     def close(self, seconds: float = 5.0) -> None:

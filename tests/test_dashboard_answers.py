@@ -9,10 +9,10 @@ import plotly.graph_objects as go
 import pytest
 
 from normuon_lens.dashboard import draw
-from normuon_lens.dashboard.answers import BY_ID, OVERVIEW, ROWS, csv, numbers, pictures, view_of
+from normuon_lens.dashboard.answers import OVERVIEW, ROWS, csv, numbers, pictures, view_of
 from normuon_lens.dashboard.app import make_app
 from normuon_lens.dashboard.figures.numbers import table_of
-from normuon_lens.dashboard.panels import PANELS, Window
+from normuon_lens.dashboard.panels import BY_ID, Window
 from normuon_lens.dashboard.store import Store
 from normuon_lens.errors import LensError
 from normuon_lens.runfile import Matrices, Matrix, Writer, made_up_run, open_run
@@ -267,7 +267,7 @@ def test_windows_are_read_as_four_numbers(store):
 
 
 def test_every_panel_can_be_asked_for():
-    assert {panel.id for panel in PANELS} == {
+    assert set(BY_ID) == {
         "spectrum",
         "neurons",
         "condition",
