@@ -37,7 +37,7 @@ from test_kill import wait_for as wait_until
 import normuon_lens.hooks
 from normuon_lens.errors import AttachError
 from normuon_lens.hooks import Recorder, attach, feed, recorder
-from normuon_lens.hooks.feed import Feed
+from normuon_lens.hooks.feed import Feed, FeedLost
 from normuon_lens.hooks.track import Track
 from normuon_lens.runfile import open_run, wire
 from normuon_lens.runfile.schema import parts_of
@@ -718,6 +718,8 @@ class Stub:
                 self.taken.append(wire.read_message(self._memory, offset))
                 answer |= self.taken[-1].header
             self.answer(**answer)
+            if "last" in answer:
+                break
         os.close(self._orders)
         os.close(self._answers)
 
@@ -758,6 +760,23 @@ def test_ctrl_c_between_any_two_opcodes_loses_no_answer(stub: tuple[Feed, Stub])
         sender.poll()
         assert sender.answers == {"number": opcode}
     assert opcode > 100
+
+
+def test_a_last_answer_counts_that_comes_with_the_helpers_end(
+    stub: tuple[Feed, Stub], monkeypatch: pytest.MonkeyPatch
+) -> None:
+    sender, helper = stub
+    send = sender._send
+
+    def send_and_see_it_end(*message: Any) -> bool:
+        sent = send(*message)
+        helper._thread.join()
+        return sent
+
+    monkeypatch.setattr(sender, "_send", send_and_see_it_end)
+    assert sender.ask("close", {"packed": "x.h5", "last": True}, "packed", 5.0) == "x.h5"
+    with pytest.raises(FeedLost, match="ended with exit code 0"):
+        sender.poll()
 
 
 def test_as_many_answers_as_a_pipe_holds_are_heard(stub: tuple[Feed, Stub]) -> None:
