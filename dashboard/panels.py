@@ -314,6 +314,10 @@ def _draw_loss(store: Store, view: View) -> Picture:
     return Picture(figure, _each_once(notes))
 
 
+def _nearest(what: str) -> Callable[[Entry, View], Sequence[int]]:
+    return lambda entry, view: entry.moments(what, view.matrix, view.stage, view.step)
+
+
 PANELS = (
     Panel("condition", condition.TITLE, condition.READING, _draw_condition),
     Panel(
@@ -330,7 +334,7 @@ PANELS = (
         spectrum.READING,
         _draw_spectrum,
         one_matrix=True,
-        moments=lambda entry, view: entry.moments("spectrum", view.matrix, view.stage, view.step),
+        moments=_nearest("spectrum"),
     ),
     Panel(
         "neurons",
@@ -338,7 +342,7 @@ PANELS = (
         neurons.READING,
         _draw_neurons,
         one_matrix=True,
-        moments=lambda entry, view: entry.moments("norms", view.matrix, view.stage, view.step),
+        moments=_nearest("norms"),
     ),
     Panel(
         "timeline", timeline.TITLE, timeline.READING, _draw_timeline, one_matrix=True, zooms=True
@@ -349,7 +353,7 @@ PANELS = (
         matrix.READING,
         _draw_matrix,
         one_matrix=True,
-        moments=lambda entry, view: entry.moments("update", view.matrix, view.stage, view.step),
+        moments=_nearest("update"),
         zooms=True,
     ),
     Panel(

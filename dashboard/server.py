@@ -25,7 +25,7 @@ PORT, TRIED = 8050, 20
 """Default port, and how many from there on are tried when it is taken."""
 
 THREADS = 8
-"""A page asks for its six pictures at once."""
+"""A page asks for its scripts at once."""
 
 LARGEST_BODY = 16 << 20
 """Bytes that a request may bring; the server keeps them before anybody asks who sent them."""

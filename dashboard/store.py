@@ -201,12 +201,11 @@ class Entry:
 
     def update_at(self, matrix: str, stage: str, step: int) -> Moment | None:
         """Return the full matrix kept at the step nearest to `step`; None if none was kept."""
-        kept = self._kept(matrix, stage)
-        if self.run is None or not len(kept):
+        nearest = self.moments("update", matrix, stage, step)
+        if self.run is None or not nearest:
             return None
-        nearest = int(kept[np.abs(kept - step).argmin()])
         try:
-            return Moment(nearest, self.run.update(matrix, nearest, stage))
+            return Moment(nearest[0], self.run.update(matrix, nearest[0], stage))
         except RunError:  # its file is gone or damaged since the last look
             return None
 
@@ -220,6 +219,9 @@ class Entry:
 
     def marks(self, stage: str) -> Marks:
         """Return the steps that moved nothing, lost a sample, or were not finite."""
+        return self.once(("marks", stage), lambda: self._marks(stage))
+
+    def _marks(self, stage: str) -> Marks:
         run = self.run
         if run is None:
             return Marks(*np.empty((3, 0), np.int64))
