@@ -90,7 +90,9 @@ def test_python_examples_run(code: str, in_tmp_path: Path) -> None:
     "code", [example for example in examples("python") if OF_RANKS in example.values[0]]
 )
 def test_examples_for_many_ranks_run_on_two(code: str, in_tmp_path: Path) -> None:
-    (in_tmp_path / "train.py").write_text(code)
+    # without the interpreter's own end, during which a thread of gloo may abort (pytorch #179291)
+    end = "\nimport os, sys\nsys.stdout.flush()\nos._exit(0)\n"
+    (in_tmp_path / "train.py").write_text(code + end)
     torchrun = [sys.executable, "-m", "torch.distributed.run", "--standalone"]
     environment = os.environ | {"PYTHONWARNINGS": "error"}
     subprocess.run([*torchrun, "--nproc-per-node=2", "train.py"], check=True, env=environment)
