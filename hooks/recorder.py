@@ -43,6 +43,7 @@ from .selection import Watched
 from .shadow import Shadow, describe_shadow, shadow_path
 from .share import Share
 from .stages import TorchMuonStages
+from .state import state_bytes
 from .steps import found_inf, gradients_vanish, is_capturing, may_be_phantom, steps_taken
 from .tap import Gradients, Look, Tap
 from .track import Track
@@ -91,6 +92,7 @@ class Recorder:
         self.path = path
         self.seconds = 0.0
         self.steps = 0
+        self._rules = list(shadow)
         self._paths = [path, *(shadow_path(path, rule) for rule in shadow)]
         self._optimizers = list(optimizers)
         self._watched = [[w for w in watched if w.optimizer == i] for i in range(len(optimizers))]
@@ -377,14 +379,15 @@ class Recorder:
         """Hand over the rows of the step just taken; its matrices went before."""
         when = self._clock + self._ended
         # The first optimizer's, as it was used: a scheduler has changed it by now.
-        lr = {"lr": self._rates[min(self._rates)]}
+        own = {"lr": self._rates[min(self._rates)]}
         logged = {name: float(value) for name, value in self._scalars.items()}
         if self._share and not self._mourning:
             for found in self._share.receive():
                 self._tracks[0].take_together(found)
         for track in self._tracks:
+            scalars = own | self._costs(track.run)
             # The loss is that of the real path, so no shadow may claim it.
-            track.end(self.steps, when, lr if track.run else lr | logged)
+            track.end(self.steps, when, scalars if track.run else scalars | logged)
         self._scalars = {}
         self._met = False
         self._begun.clear()
@@ -392,6 +395,19 @@ class Recorder:
         self._looks.clear()
         if self._budget:
             self._keep_within(self._budget)
+
+    def _costs(self, run: int) -> dict[str, float]:
+        """Return, on sampled steps, what recording and the state of the optimizers cost so far."""
+        if not self._schedule.sample(self.steps):
+            return {}
+        if run:
+            taps = itertools.chain.from_iterable(self._taps)
+            rule = self._rules[run - 1]
+            held = [t.state_bytes for t in taps if isinstance(t, Shadow) and t.rule == rule]
+        else:
+            pairs = zip(self._optimizers, self._watched, strict=True)
+            held = [state_bytes(one, [w.parameter for w in mine]) for one, mine in pairs]
+        return {"optimizer_state_bytes": sum(held), "recording_overhead": self.overhead}
 
     def _keep_within(self, budget: Budget) -> None:
         seconds, elapsed = self.seconds - self._counted_seconds, self._ended - self._counted

@@ -18,6 +18,7 @@ from normuon_lens.errors import AttachError, LensError
 from normuon_lens.optim import Muon, NorMuon
 
 from .selection import Watched, matrix_view
+from .state import state_bytes
 from .tap import Look, Take, Tap, gradient_of
 
 RULES: dict[str, Callable[..., torch.optim.Optimizer]] = {
@@ -100,6 +101,10 @@ class Shadow(Tap):
     hyper : dict
         Its hyper-parameters; weight decay would be no part of an update, so there is none.
     stages : bool
+
+    Attributes
+    ----------
+    rule : str
     """
 
     every_step = True  # its momentum lives on every gradient
@@ -115,6 +120,7 @@ class Shadow(Tap):
         stages: bool,
     ) -> None:
         super().__init__(optimizer, watched, take)
+        self.rule = rule
         self._follows_lr = "lr" not in hyper
         groups: dict[int, list[torch.nn.Parameter]] = {}
         self._stand_ins: list[torch.nn.Parameter] = []
@@ -130,6 +136,11 @@ class Shadow(Tap):
         self._step: Callable[[torch.optim.Optimizer], None] = type(self._shadow).step.__wrapped__  # type: ignore[attr-defined]
         self._stages = stages
         self._items = dict(zip(self._stand_ins, watched, strict=True))
+
+    @property
+    def state_bytes(self) -> float:
+        """Bytes of its own state."""
+        return state_bytes(self._shadow, self._stand_ins)
 
     def before(self, look: Look) -> None:
         """Step on the gradients that the real optimizer is about to use."""

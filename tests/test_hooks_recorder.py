@@ -13,6 +13,7 @@ import warnings
 import weakref
 from collections.abc import Callable
 from pathlib import Path
+from typing import Any
 
 import numpy as np
 import pytest
@@ -251,6 +252,66 @@ def test_scalars_belong_to_their_step(tmp_path: Path) -> None:
     np.testing.assert_array_equal(run.scalars["step"], [1, 2, 3, 4])
     np.testing.assert_array_equal(run.scalars["rare"], [np.nan, 7, np.nan, np.nan])
     np.testing.assert_array_equal(run.scalars["before"], [5, np.nan, np.nan, np.nan])
+
+
+ADAMW_STATE = 4 * (2 * (24 * 12 + 8 * 24 + 12 * 8) + 3)
+"""Bytes of two averages and a counter for each of three matrices; biases are not recorded."""
+
+
+@pytest.mark.parametrize(
+    ("name", "expected"),
+    [
+        ("AdamW", ADAMW_STATE),
+        ("SGD", 0),
+        # Momentum in float32, and one number a neuron.
+        ("NorMuon", 4 * (24 * (12 + 1) + 8 * (24 + 1) + 12 * (8 + 1))),
+    ],
+)
+def test_state_and_overhead_are_told_on_sampled_steps(
+    name: str, expected: int, tmp_path: Path
+) -> None:
+    model = make_model()
+    rule = NorMuon if name == "NorMuon" else getattr(torch.optim, name)
+    matrices = [p for p in model.parameters() if p.ndim == 2 or name != "NorMuon"]
+    optimizer = rule(matrices, 1e-2)
+    with attach(model, optimizer, tmp_path / "x.h5", every=4, matrices_every=0) as lens:
+        train(model, [optimizer], 9)
+    run = open_run(tmp_path / "x.h5")
+    sampled = np.isin(run.steps, [1, 4, 8])
+    held, overhead = run.scalars["optimizer_state_bytes"], run.scalars["recording_overhead"]
+    np.testing.assert_array_equal(held[sampled], expected)
+    assert np.isnan(held[~sampled]).all()
+    assert np.isnan(overhead[~sampled]).all()
+    assert (overhead[sampled][1:] > 0).all()
+    assert np.isfinite(lens.overhead)
+
+
+def test_what_a_user_logs_by_the_same_name_counts(tmp_path: Path) -> None:
+    model = make_model()
+    optimizer = torch.optim.AdamW(model.parameters(), 1e-2)
+    own = {"lr": 3.0, "optimizer_state_bytes": 5.0, "recording_overhead": 7.0}
+    with attach(model, optimizer, tmp_path / "x.h5", every=2) as lens:
+        train(model, [optimizer], 4, lambda step, loss: lens.log(**own))
+    run = open_run(tmp_path / "x.h5")
+    for name, value in own.items():
+        np.testing.assert_array_equal(run.scalars[name], value)
+
+
+def test_a_state_of_another_kind_is_no_figure(tmp_path: Path) -> None:
+    class Odd(torch.optim.SGD):
+        """Keeps a list where others keep a mapping."""
+
+        def step(self, closure: Any = None) -> None:
+            super().step(closure)
+            self.state = []  # type: ignore[assignment]
+
+    model = make_model()
+    optimizer = Odd(model.parameters(), 1e-2)
+    with attach(model, optimizer, tmp_path / "x.h5", every=1, on_error="raise"):
+        train(model, [optimizer], 3)
+    run = open_run(tmp_path / "x.h5")
+    assert run.steps.tolist() == [1, 2, 3]
+    assert np.isnan(run.scalars["optimizer_state_bytes"]).all()
 
 
 def test_void_and_non_finite_steps_are_marked(tmp_path: Path) -> None:

@@ -93,6 +93,11 @@ def test_shadow_of_another_rule_follows_its_formula(tmp_path: Path) -> None:
         rms = np.sqrt((normuon.update("0", step).astype(float) ** 2).mean())
         assert rms == pytest.approx(0.2 * 0.5, rel=1e-5)
     np.testing.assert_array_equal(normuon.scalars["lr"], 0.5)
+    # Of each its own: SGD keeps nothing.
+    real = open_run(tmp_path / "x.h5")
+    np.testing.assert_array_equal(real.scalars["optimizer_state_bytes"], 0)
+    held = normuon.scalars["optimizer_state_bytes"]
+    np.testing.assert_array_equal(held, 4 * sum(m * (n + 1) for m, n in ((16, 8), (8, 16))))
     assert adamw.metadata["groups"][0]["betas"] == [0.8, 0.9]
     assert adamw.metadata["shadow_of"] == "SGD"
 

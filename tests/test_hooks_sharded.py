@@ -162,6 +162,20 @@ def test_a_recording_is_what_the_training_did_and_training_is_the_same(
     assert run.overlaps == (2 if name == "checkpoint" else 0)
 
 
+@pytest.mark.parametrize("ranks", [2, 4])
+def test_the_state_that_is_told_is_what_the_first_rank_holds(
+    ranks: int, request: pytest.FixtureRequest
+) -> None:
+    launch = launch_of(request, f"{ranks} ranks")
+    for name, numbers in (("adamw", lambda n: 2 * n), ("normuon", lambda n: n + 1)):
+        run = open_run(launch.folder / f"{name}.h5")
+        rows = [len(range(*row_range(x.m, ranks, 0))) for x in run.table]
+        held = sum(4 * r * numbers(x.n) for r, x in zip(rows, run.table, strict=True))
+        held += 4 * len(run.table) * (name == "adamw")  # counters of steps
+        told = run.scalars["optimizer_state_bytes"]
+        assert set(told[np.isfinite(told)]) == {held}
+
+
 ONES = [(ranks, name) for ranks, names in IN_ONE_PROCESS_TOO.items() for name in names]
 
 
