@@ -1,7 +1,10 @@
 """Every row of the catalogue is complete, and its code does what the row declares."""
 
 import dataclasses
+import html
 import pickle
+import subprocess
+import sys
 import warnings
 
 import numpy as np
@@ -247,6 +250,38 @@ def test_describe_finds_a_row() -> None:
 def test_describe_names_the_closest(name: str, closest: str) -> None:
     with pytest.raises(LensError, match=rf"{name!r}: the closest are .*{closest}"):
         describe(name)
+
+
+@EACH
+def test_a_metric_printed_explains_itself(metric: Metric) -> None:
+    for said in (repr(metric), html.unescape(metric._repr_html_())):
+        words = " ".join(said.split())
+        for text in (metric.name, metric.label, metric.unit, metric.formula, metric.reading):
+            assert text in words
+        assert ("healthy" in words) == bool(metric.healthy)
+        assert all(INPUTS[need] in words for need in metric.needs)
+    assert max(map(len, repr(metric).splitlines())) <= 100
+
+
+def test_what_is_printed_of_a_metric() -> None:
+    assert repr(describe("neuron_max_min")).splitlines() == [
+        "neuron_max_min: neuron max/min (unit: ratio)",
+        "  max(r) / min(r > 0)",
+        "  The farthest-moving neuron against the least-moving live one.",
+        "  healthy after the first steps: NorMuon 1 to 3",
+        "  from norms: (..., m) row norms of the update",
+    ]
+    assert "max(r) / min(r &gt; 0)" in describe("neuron_max_min")._repr_html_()
+
+
+def test_definitions_are_reached_from_the_package_without_loading_it() -> None:
+    code = (
+        "import sys, normuon_lens as nl\n"
+        "assert 'numpy' not in sys.modules\n"
+        "print(nl.metrics.describe('neuron_cv').formula)"
+    )
+    said = subprocess.run([sys.executable, "-c", code], check=True, capture_output=True, text=True)
+    assert said.stdout == "std(r) / mean(r)\n"
 
 
 def test_exports_are_sorted_and_complete() -> None:

@@ -71,7 +71,7 @@ def test_singular_values_equal_a_plain_svd(shape: tuple[int, int], dtype: type) 
     assert sigma.dtype == np.float64
     assert sigma.shape == (min(shape),)
     assert np.all(np.diff(sigma) <= 0)
-    # Gram route, condition below 1e3: relative error 5e-18 * cond**2 < 1e-11.
+    # Gram route, condition below 1e3: relative error 4e-16 * cond**2 at most, and here < 1e-11.
     np.testing.assert_allclose(sigma, naive_singular_values(matrix), rtol=1e-11)
     assert floor == pytest.approx(1e-7 * sigma[0])
 
@@ -105,6 +105,17 @@ def test_rank_deficient_matrices_fall_to_the_floor_of_the_svd(
     assert cond.is_lower_bound
     assert cond.resolved == rank
     assert cond.value == pytest.approx(sigma[0] / floor)
+
+
+@pytest.mark.parametrize("smallest", [1e-5, 4e-7, 1.5e-7])
+@pytest.mark.parametrize("noise", [0.0, 2e-9, 1e-8])
+def test_a_faster_route_never_errs_by_more_than_the_noise(smallest: float, noise: float) -> None:
+    known = np.geomspace(1.0, smallest, 24)
+    matrix = with_spectrum((64, 24), known)
+    sigma, floor = singular_values(matrix, noise=noise)
+    by_gram = floor == pytest.approx(1e-7 * sigma[0])
+    assert by_gram == (smallest == 1e-5 or (smallest == 4e-7 and noise > 0))
+    np.testing.assert_allclose(sigma, known, rtol=1e-7, atol=max(noise, 1e-10) / 2)
 
 
 @pytest.mark.parametrize("seed", range(5))

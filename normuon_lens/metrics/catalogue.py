@@ -4,6 +4,8 @@ The command line, the page's tooltips, the documentation and the exports all rea
 a figure means is written down here and nowhere else.
 """
 
+import html
+import textwrap
 from collections.abc import Callable, Mapping
 from dataclasses import dataclass
 from difflib import get_close_matches
@@ -32,9 +34,9 @@ INPUTS: dict[str, str] = {
 """What a metric can be computed from, and its shape."""
 
 
-@dataclass(frozen=True)
+@dataclass(frozen=True, repr=False)
 class Metric:
-    """What one figure means, and how it is computed.
+    """What one figure means, and how it is computed; printed, it explains itself.
 
     Attributes
     ----------
@@ -67,6 +69,27 @@ class Metric:
     healthy: Mapping[str, tuple[float, float]]
     needs: tuple[str, ...]
     compute: Callable[..., Floats]
+
+    def __repr__(self) -> str:
+        lines = [f"{self.name}: {self.label} (unit: {self.unit})", f"  {self.formula}"]
+        lines += textwrap.wrap(self.reading, 88, initial_indent="  ", subsequent_indent="  ")
+        return "\n".join([*lines, *(f"  {name}: {text}" for name, text in self._facts())])
+
+    def _repr_html_(self) -> str:
+        facts = [("formula", self.formula), ("unit", self.unit), *self._facts()]
+        rows = "".join(
+            f"<tr><th>{html.escape(name)}</th><td>{html.escape(text)}</td></tr>"
+            for name, text in facts
+        )
+        head = f"<b>{html.escape(self.label)}</b> <code>{html.escape(self.name)}</code>"
+        return f"<p>{head}<br>{html.escape(self.reading)}</p><table><tbody>{rows}</tbody></table>"
+
+    def _facts(self) -> list[tuple[str, str]]:
+        healthy = [f"{name} {low:g} to {high:g}" for name, (low, high) in self.healthy.items()]
+        return [
+            *([("healthy after the first steps", ", ".join(healthy))] if healthy else []),
+            *((f"from {need}", INPUTS[need]) for need in self.needs),
+        ]
 
 
 def describe(name: str) -> Metric:
