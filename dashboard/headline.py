@@ -7,7 +7,7 @@ from typing import NamedTuple
 
 import numpy as np
 
-from normuon_lens.analysis.comparison import LOSS_WINDOW
+from normuon_lens.analysis.crossing import LOSS_WINDOW
 from normuon_lens.analysis.measure import Series
 from normuon_lens.analysis.settled import SKIP, finite_median, is_bound, settled
 from normuon_lens.metrics import CATALOGUE

@@ -20,7 +20,20 @@ json_option = click.option("--json", "as_json", is_flag=True, help="Print JSON i
 
 
 def open_runs(arguments: Sequence[str]) -> list[Run]:
-    """Open every recording among `arguments`, run files and folders.
+    """Open every recording among `arguments`, as :func:`find_recordings` finds them.
+
+    Raises
+    ------
+    RunError
+        If none is there, or one cannot be read.
+    """
+    from normuon_lens.runfile import open_run
+
+    return [open_run(path) for path in find_recordings(arguments)]
+
+
+def find_recordings(arguments: Sequence[str]) -> list[Path]:
+    """Return every recording among `arguments`, run files and folders.
 
     What a shell's ``*`` added and is plainly no recording is left out, and named on standard
     error.
@@ -28,9 +41,9 @@ def open_runs(arguments: Sequence[str]) -> list[Run]:
     Raises
     ------
     RunError
-        If none is there, or one cannot be read.
+        If none is there.
     """
-    from normuon_lens.runfile import find_runs, open_run
+    from normuon_lens.runfile import find_runs
 
     found = find_runs(arguments)
     kept = {*found, *(path.parent for path in found)}
@@ -38,4 +51,4 @@ def open_runs(arguments: Sequence[str]) -> list[Run]:
     if left_out:
         names = ", ".join(Path(name).name for name in left_out)
         click.echo(f"normuon-lens: no recordings, left out: {names}", err=True)
-    return [open_run(path) for path in found]
+    return found

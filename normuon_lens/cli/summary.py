@@ -35,7 +35,7 @@ def summary(runs: tuple[str, ...], skip: int, as_json: bool) -> None:
 
 def _summarise(run: Run, skip: int) -> dict[str, Any]:
     from normuon_lens.analysis import measure
-    from normuon_lens.analysis.comparison import final_loss
+    from normuon_lens.analysis.crossing import final_loss
     from normuon_lens.analysis.remarks import remarks
     from normuon_lens.analysis.settled import finite_median, is_bound, settled
 

@@ -22,6 +22,8 @@ def figure(value: float) -> str:
         return "–"
     if math.isinf(value):
         return "∞"
+    if abs(value) < 1000:
+        value = float(f"{value:.3g}")  # first, lest 99.96 become 100.0
     if value != 0 and not 1e-3 <= abs(value) < 1e6:
         return f"{value:.2e}"
     digits = max(0, 2 - math.floor(math.log10(abs(value)))) if value else 0
