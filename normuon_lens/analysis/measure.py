@@ -2,34 +2,35 @@
 
 from __future__ import annotations
 
-from collections.abc import Callable, Sequence
-from functools import cache, cached_property
+from collections.abc import Iterator, Sequence
+from functools import cached_property
 from itertools import pairwise
-from typing import TYPE_CHECKING, NamedTuple
+from typing import NamedTuple
 
 import numpy as np
 
+from normuon_lens.analysis.results import results_of
 from normuon_lens.errors import LensError
 from normuon_lens.metrics import CATALOGUE, Metric, describe
 from normuon_lens.metrics.spectrum import UNIT_ROUNDOFF
 from normuon_lens.runfile import Matrix, Run, Spectra
 
-if TYPE_CHECKING:
-    import pandas as pd
-
 FROM_NORMS = {"norms", "columns"}
 FROM_SPECTRA = {"sigma", "floor", "weight_norm", "roundoff"}
-FROM_MATRICES = {"update", "previous"}
+FROM_MATRICES = {"update", "previous", "gradient"}
 """What a run can supply, by the schedule on which it was recorded."""
 
 HELD = FROM_NORMS | FROM_SPECTRA | FROM_MATRICES
 """All that a run can supply."""
 
 BLOCK_BYTES = 32 << 20
-"""Norms that are read at once; what is computed from one matrix's then stays in the cache."""
+"""Norms, and spectra, that are read at once; what one matrix needs then stays in the cache."""
 
 CHUNK = 256
-"""Steps in a chunk of a packed file: a block of some whole chunks reads none twice."""
+"""Records in a chunk of a packed file: a block of some whole chunks reads none twice."""
+
+NEVER = np.iinfo(np.int64).max
+"""A step beyond all others."""
 
 
 class Series(NamedTuple):
@@ -66,14 +67,11 @@ def measure(run: Run, metric: str, *, stage: str = "update", after: int = 0) -> 
     Raises
     ------
     LensError
-        If there is no such metric, or recordings do not hold what it needs.
+        If there is no such metric, or the run does not hold what it needs.
     """
     row = describe(metric)
-    missing = set(row.needs) - HELD
-    if missing:
-        named = ", ".join(sorted(missing))
-        raise LensError(f"{metric} needs {named}, which recordings do not hold")
-    return _in_blocks(run, [row], stage, after, lenient=False)[metric]
+    blocks = _blocks(run, stage, run.steps[run.steps > after])
+    return _joined([block.measure(row) for block in blocks])
 
 
 def measure_all(
@@ -100,80 +98,114 @@ def measure_all(
     LensError
         If there is no such metric.
     """
-    rows = [row for row in map(describe, metrics) if set(row.needs) <= HELD]
-    return _in_blocks(run, rows, stage, after, lenient=True)
+    rows = [describe(metric) for metric in metrics]
+    parts: dict[str, list[Series]] = {row.name: [] for row in rows}
+    for block in _blocks(run, stage, run.steps[run.steps > after]):
+        for row in [row for row in rows if row.name in parts]:
+            try:
+                parts[row.name].append(block.measure(row))
+            except LensError:
+                del parts[row.name]
+    return {name: _joined(found) for name, found in parts.items()}
 
 
-def measurable() -> list[str]:
-    """Names of the metrics that recordings hold enough for, in catalogue order."""
-    return [name for name, row in CATALOGUE.items() if set(row.needs) <= HELD]
-
-
-def table(
-    runs: Sequence[Run],
-    metrics: Sequence[str] = ("condition_number", "neuron_cv"),
-    *,
-    stages: Sequence[str] = ("update",),
-    steps: Sequence[int] | None = None,
-) -> pd.DataFrame:
-    """Return metrics of several runs as one long frame.
+def measure_pieces(
+    run: Run, metrics: Sequence[str], steps: np.ndarray, *, stage: str = "update"
+) -> Iterator[tuple[str, Series]]:
+    """Compute metrics at some steps, piece by piece: never is all of a long history in memory.
 
     Parameters
     ----------
-    runs : sequence of Run
-    metrics, stages : sequence of str
-    steps : sequence of int, optional
-        Keep only these steps.
+    run : Run
+    metrics : sequence of str
+        Names of :data:`normuon_lens.metrics.CATALOGUE` that the run does not :func:`lack`.
+    steps : ndarray of shape (T,), int64
+        Recorded steps, ascending. Of others no more is read than lies in a chunk with these.
+    stage : str
 
-    Returns
-    -------
-    pandas.DataFrame
-        Columns run, step, matrix, stage, metric, value; one row a number.
+    Yields
+    ------
+    metric : str
+        All metrics of a block of steps, one after the other, then those of the next block.
+    piece : Series
+        Next part of what :func:`measure` gives, without the steps that are not wanted.
+
+    Raises
+    ------
+    LensError
+        If a metric cannot be had, or a file cannot be read.
     """
-    import pandas as pd
+    rows = [describe(metric) for metric in metrics]
+    for block in _blocks(run, stage, steps):
+        for row in rows:
+            yield row.name, block.measure(row)
 
-    frames = []
-    for run in runs:
-        for stage in stages:
-            for metric in metrics:
-                series = measure(run, metric, stage=stage)
-                wide = pd.DataFrame(series.values, index=series.steps, columns=run.matrices)
-                if steps is not None:
-                    wide = wide.loc[wide.index.isin(list(steps))]
-                long = wide.rename_axis("step").reset_index()
-                long = long.melt("step", var_name="matrix", value_name="value")
-                frames.append(long.assign(run=run.name, stage=stage, metric=metric))
-    columns = ["run", "step", "matrix", "stage", "metric", "value"]
-    return (
-        pd.concat(frames, ignore_index=True)[columns] if frames else pd.DataFrame(columns=columns)
-    )
+
+def measurable() -> list[str]:
+    """Names of the metrics that a recording can hold enough for, in catalogue order."""
+    return [name for name, row in CATALOGUE.items() if set(row.needs) <= HELD]
+
+
+def lack(run: Run, metric: str, stage: str = "update") -> str:
+    """Return why a run has nothing to compute a metric of a stage from; empty if it has.
+
+    Raises
+    ------
+    LensError
+        If there is no such metric.
+    """
+    row = describe(metric)
+    try:
+        next(_blocks(run, stage, np.empty(0, np.int64))).measure(row)
+    except LensError as error:
+        return str(error)
+    if not len(taken_at(run, metric, stage)):
+        what = "spectra" if FROM_SPECTRA & set(row.needs) else "full matrices"
+        return f"{run.path}: {metric} needs {what} of stage {stage!r}, and none were taken"
+    return ""
+
+
+def taken_at(run: Run, metric: str, stage: str = "update") -> np.ndarray:
+    """Return the steps (T,), ascending, at which a run took what a metric is computed from."""
+    needs = set(describe(metric).needs)
+    if needs <= FROM_NORMS:
+        return run.steps
+    if needs <= FROM_SPECTRA | FROM_NORMS:
+        return run.spectrum_steps(stage)
+    kept = [run.update_steps(name, stage) for name in run.matrices]
+    return np.unique(np.concatenate([np.empty(0, np.int64), *kept]))
 
 
 class _Block:
-    """What a run holds of a stage in steps of a span; norms and spectra are read when needed."""
+    """What a run holds of a stage at some steps; norms and spectra are read when needed."""
 
-    def __init__(
-        self, run: Run, stage: str, after: int, until: int, spectra: Callable[[], Spectra]
-    ) -> None:
-        self.run, self.stage, self.after, self.until = run, stage, after, until
-        self.steps = run.steps[(run.steps > after) & (run.steps <= until)]
-        self._spectra = spectra
+    def __init__(self, run: Run, stage: str, steps: np.ndarray, shared: _Shared) -> None:
+        self.run, self.stage, self.steps, self.shared = run, stage, steps, shared
 
     @cached_property
     def norms(self) -> np.ndarray:
         """Row norms of all matrices side by side, one row a step of `steps`."""
-        return self.run.all_neuron_norms(self.stage, self.after, self.until)
+        if not len(self.steps):
+            return self.run.all_neuron_norms(self.stage, NEVER)
+        first, last = int(self.steps[0]), int(self.steps[-1])
+        norms = self.run.all_neuron_norms(self.stage, first - 1, last)
+        steps = self.run.steps
+        return norms[np.isin(steps[(steps >= first) & (steps <= last)], self.steps)]
 
     @cached_property
     def spectra(self) -> Spectra:
         """Spectra of all matrices side by side, of sampled steps that are among `steps`."""
-        spectra = self._spectra()
-        # A live run may have committed a spectrum a moment before the row of its step.
-        return Spectra(*(part[np.isin(spectra.steps, self.steps)] for part in spectra))
+        return self.shared.spectra(self.steps)
 
     def measure(self, metric: Metric) -> Series:
         """Compute one metric; LensError if the run does not hold what it needs."""
         needs = set(metric.needs)
+        if missing := needs - HELD:
+            raise LensError(
+                f"{metric.name} needs the {' and the '.join(sorted(missing))}, which no recording "
+                "holds; with a checkpoint's, call "
+                f"normuon_lens.metrics.{metric.name}({', '.join(metric.needs)})"
+            )
         if needs <= FROM_NORMS:
             return _over_norms(self, metric)
         if needs <= FROM_SPECTRA | FROM_NORMS:
@@ -181,36 +213,66 @@ class _Block:
         return _over_matrices(self, metric)
 
 
-def _in_blocks(
-    run: Run, rows: Sequence[Metric], stage: str, after: int, *, lenient: bool
-) -> dict[str, Series]:
-    """Compute metrics block by block; lenient leaves out those that cannot be."""
-    # Spectra are few, and read once for all blocks.
-    spectra = cache(lambda: run.all_spectra(stage, after))
-    parts: dict[str, list[Series]] = {row.name: [] for row in rows}
-    for first, last in _spans(run, after):
-        block = _Block(run, stage, first, last, spectra)
-        for row in rows:
-            if row.name not in parts:
-                continue
-            try:
-                parts[row.name].append(block.measure(row))
-            except LensError:
-                if not lenient:
-                    raise
-                del parts[row.name]
-    return {
-        name: Series(*map(np.concatenate, zip(*found, strict=True)))
-        for name, found in parts.items()
-    }
+class _Shared:
+    """What the blocks of a stage have in common.
+
+    Spectra are taken far less often than norms: a chunk of theirs spans many chunks of norms, so
+    they are read for several blocks at once.
+    """
+
+    def __init__(self, run: Run, stage: str, steps: np.ndarray) -> None:
+        sampled = run.spectrum_steps(stage)
+        wanted = sampled[np.isin(sampled, steps)]
+        self._run, self._stage = run, stage
+        self._parts = _cut(wanted, sampled, 8 * run.table.total_sigmas)
+        self._held: tuple[int, Spectra] | None = None
+
+    def spectra(self, steps: np.ndarray) -> Spectra:
+        """Return the spectra of those of the ascending steps at which there are some."""
+        found = []
+        for number, part in enumerate(self._parts):
+            if len(steps) and len(part) and part[0] <= steps[-1] and steps[0] <= part[-1]:
+                spectra = self._read(number)
+                found.append([each[np.isin(spectra.steps, steps)] for each in spectra])
+        if not found:
+            return self._run.all_spectra(self._stage, NEVER)
+        return Spectra(*map(np.concatenate, zip(*found, strict=True)))
+
+    @cached_property
+    def analysed(self) -> dict[tuple[str, str, int], float]:
+        """What an analysis has found already, by metric, matrix and step."""
+        frame = results_of(self._run)
+        if frame is None:
+            return {}
+        slow = [name for name, row in CATALOGUE.items() if FROM_MATRICES & set(row.needs)]
+        frame = frame[(frame.stage == self._stage) & frame.metric.isin(slow)]
+        at = zip(frame.metric, frame.matrix, frame.step, strict=True)
+        return dict(zip(at, frame.value, strict=True))
+
+    def _read(self, number: int) -> Spectra:
+        if self._held is None or self._held[0] != number:
+            first, last = int(self._parts[number][0]), int(self._parts[number][-1])
+            self._held = number, self._run.all_spectra(self._stage, first - 1, last)
+        return self._held[1]
 
 
-def _spans(run: Run, after: int) -> list[tuple[int, int]]:
-    """Return the blocks of recorded steps: beyond the first of a pair, up to the second."""
-    steps = run.steps[run.steps > after]
-    size = max(1, BLOCK_BYTES // (4 * CHUNK * max(1, run.table.total_rows))) * CHUNK
-    ends = [*steps[size - 1 : -1 : size].tolist(), int(steps[-1]) if len(steps) else after]
-    return list(pairwise([after, *ends]))
+def _blocks(run: Run, stage: str, steps: np.ndarray) -> Iterator[_Block]:
+    """Yield recorded steps in blocks; a single empty one if there are none."""
+    shared = _Shared(run, stage, steps)
+    for part in _cut(steps, run.steps, 4 * run.table.total_rows):
+        yield _Block(run, stage, part, shared)
+
+
+def _cut(wanted: np.ndarray, recorded: np.ndarray, row_bytes: int) -> list[np.ndarray]:
+    """Cut wanted steps where a block is full, or a chunk of the recorded ones lies between."""
+    full = max(1, BLOCK_BYTES // (CHUNK * max(1, row_bytes)))
+    chunk = np.searchsorted(recorded, wanted) // CHUNK
+    ends = (np.diff(chunk) > 1) | (np.diff(chunk // full) > 0)
+    return np.split(wanted, np.flatnonzero(ends) + 1)
+
+
+def _joined(parts: Sequence[Series]) -> Series:
+    return Series(*map(np.concatenate, zip(*parts, strict=True)))
 
 
 def _over_norms(block: _Block, metric: Metric) -> Series:
@@ -235,7 +297,7 @@ def _over_spectra(block: _Block, metric: Metric) -> Series:
             "sigma": spectra.sigma[:, table.sigmas(i)],
             "floor": spectra.floor[:, i],
             "weight_norm": spectra.weight_norm[:, i],
-            "roundoff": _roundoff(block.run, matrix),
+            "roundoff": roundoff(block.run, matrix),
             "norms": norms[:, table.rows(i)],
             "columns": matrix.n,
         }
@@ -243,7 +305,7 @@ def _over_spectra(block: _Block, metric: Metric) -> Series:
     return Series(spectra.steps, values)
 
 
-def _roundoff(run: Run, matrix: Matrix) -> float:
+def roundoff(run: Run, matrix: Matrix) -> float:
     """Return the unit roundoff of a weight whose updates are differences of weights, else 0."""
     try:
         exact = run.metadata["groups"][matrix.group]["update"] == "exact"
@@ -254,17 +316,44 @@ def _roundoff(run: Run, matrix: Matrix) -> float:
 
 def _over_matrices(block: _Block, metric: Metric) -> Series:
     run, stage = block.run, block.stage
-    kept = [run.update_steps(name, stage) for name in run.matrices]
-    steps = np.unique(np.concatenate(kept)) if kept else np.empty(0, np.int64)
-    steps = steps[(steps > block.after) & (steps <= block.until)]
+    if "gradient" in metric.needs and stage != "update":
+        raise LensError(f"{metric.name} is of the update alone, not of stage {stage!r}")
+    places = {name: _places(run, name, stage, metric) for name in run.matrices}
+    if "gradient" in metric.needs and not any(places.values()):
+        raise LensError(
+            f"{run.path}: {metric.name} needs gradients kept whole beside the updates: record them "
+            "with attach(…, stages=True)"
+        )
+    steps = taken_at(run, metric.name, stage)
+    steps = steps[np.isin(steps, block.steps)]
     values = np.full((len(steps), len(run.table)), np.nan)
-    for i, name in enumerate(run.matrices):
-        for before, now in zip(kept[i], kept[i][1:], strict=False):
-            if block.after < now <= block.until:
-                inputs = {
-                    "update": run.update(name, int(now), stage),
-                    "previous": run.update(name, int(before), stage),
-                }
-                value = metric.compute(*(inputs[need] for need in metric.needs))
-                values[np.searchsorted(steps, now), i] = value
+    for row, step in enumerate(steps.tolist()):
+        for i, name in enumerate(run.matrices):
+            if step not in places[name]:
+                continue
+            key = metric.name, name, step
+            if key in block.shared.analysed:
+                values[row, i] = block.shared.analysed[key]
+            else:
+                at = places[name][step]
+                inputs = [run.update(name, *at[need]) for need in metric.needs]
+                values[row, i] = metric.compute(*inputs)
     return Series(steps, values)
+
+
+def _places(
+    run: Run, matrix: str, stage: str, metric: Metric
+) -> dict[int, dict[str, tuple[int, str]]]:
+    """Return, by step, at which step and stage each matrix lies that a metric needs."""
+    kept = run.update_steps(matrix, stage).tolist()
+    if "previous" in metric.needs:
+        return {
+            now: {"update": (now, stage), "previous": (before, stage)}
+            for before, now in pairwise(kept)
+        }
+    beside = set(run.update_steps(matrix, "gradient").tolist())
+    return {
+        step: {"update": (step, stage), "gradient": (step, "gradient")}
+        for step in kept
+        if step in beside
+    }
