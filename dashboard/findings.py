@@ -20,6 +20,7 @@ from normuon_lens.metrics import neuron_percentile
 from .headline import equal_step, ill_conditioned, imbalanced, is_early, loss_at
 from .overview import Cell, cells_of
 from .store import Entry
+from .words import shown
 
 MOST = 8
 """Sentences, at most: more is no overview."""
@@ -166,7 +167,7 @@ def _condition(subject: _Subject) -> Finding | None:
         _matrices(share.bad, share.of + share.unknown),
         worst,
         ("text", " the strongest direction gets " + "at least " * cell.is_bound),
-        ("figure", f"{figure(cell.condition)} times"),
+        ("figure", f"{shown(cell.condition)} times"),
         ("text", f" what the weakest gets{_so_far(subject.series('condition_number'))}."),
     )
 
@@ -191,7 +192,7 @@ def _imbalance(subject: _Subject) -> Finding | None:
         busy, quiet, still = "neuron moves", "quietest", "quietest neuron does"
     how: list[Part] = [
         ("text", f" the busiest {busy} at least "),
-        ("figure", f"{figure(typical)}x"),
+        ("figure", f"{shown(typical)}x"),
         ("text", f" as far as the {quiet}"),
     ]
     if math.isinf(typical):
@@ -260,10 +261,10 @@ def _loss(entries: Sequence[Entry], labels: Mapping[str, str]) -> list[Finding]:
     losses = [(loss, name) for loss, name in losses if math.isfinite(loss)]
     if step is None or len(losses) < 2:
         return []
-    shown = [(figure(loss), name) for loss, name in losses]
-    lowest = shown[0][0]
-    first = [name for loss, name in shown if loss == lowest]
-    others = [(loss, name) for loss, name in shown if loss != lowest]
+    told_losses = [(shown(loss), name) for loss, name in losses]
+    lowest = told_losses[0][0]
+    first = [name for loss, name in told_losses if loss == lowest]
+    others = [(loss, name) for loss, name in told_losses if loss != lowest]
     told: list[Part] = [("text", "At step "), ("figure", f"{step:,}"), ("text", " ")]
     for i, name in enumerate(first):
         told += [("text", " and " if i == len(first) - 1 else ", ")] * (i > 0) + [("run", name)]
@@ -276,13 +277,6 @@ def _loss(entries: Sequence[Entry], labels: Mapping[str, str]) -> list[Finding]:
         told.append(("text", f" and {len(others) - NAMED_LOSSES} more"))
     told.append(("text", "."))
     return [Finding("loss", "", None, step, tuple(told))]
-
-
-def figure(value: float) -> str:
-    """Return three significant digits, with commas in a large number."""
-    if value >= 100:
-        return f"{float(f'{value:.3g}'):,.0f}"
-    return f"{value:#.3g}"
 
 
 def _matrices(count: int, total: int) -> str:

@@ -17,6 +17,7 @@ from .findings import Finding
 from .headline import BALANCED, EVEN, Headline, Share
 from .panels import BY_ID, Panel
 from .store import Entry, Store
+from .words import NONE, percent, shown
 
 LIVE_EVERY, WATCH_EVERY = 1500, 5000
 """Milliseconds between two looks: while a run is recorded, and while a folder is only watched."""
@@ -390,10 +391,10 @@ def _slug(kind: str) -> str:
 def _figure(
     label: str, value: float, verdict: list[Any], *, at_least: bool = False, share: bool = False
 ) -> Any:
-    shown = _percent(value) if share else _three_digits(value)
-    shown = "–" if math.isnan(value) else "≥\N{NO-BREAK SPACE}" * at_least + shown
+    said = percent(value) if share else shown(value)
+    said = NONE if math.isnan(value) else "≥\N{NO-BREAK SPACE}" * at_least + said
     return html.Div(
-        [html.Div(label, className="label"), html.Div(shown, className="value"), *verdict],
+        [html.Div(label, className="label"), html.Div(said, className="value"), *verdict],
         className="figure",
     )
 
@@ -409,16 +410,6 @@ def _verdict(share: Share) -> list[Any]:
         return [html.Div(f"{count} healthy", className="verdict good")]
     count = f"all {total}" if share.bad == total else f"{share.bad} of {total}"
     return [html.Div(f"{count} high", className="verdict bad")]
-
-
-def _percent(share: float) -> str:
-    return "none" if share == 0 else "< 0.1 %" if share < 1e-3 else f"{100 * share:.1f} %"
-
-
-def _three_digits(value: float) -> str:
-    if value >= 1e5 or (0 < value < 1e-3):
-        return f"{value:.1e}"
-    return f"{value:.0f}" if value >= 100 else f"{value:#.3g}"
 
 
 def _help() -> Any:
