@@ -10,7 +10,7 @@ BIN := $(VENV)/bin
 PIP := $(BIN)/python -m pip --disable-pip-version-check
 
 .DEFAULT_GOAL := help
-.PHONY: help demo test lint types chromium samples benchmarks clean
+.PHONY: help demo test lint types chromium h5dump samples benchmarks clean
 
 help:
 	@echo "make demo     set up, train three optimizers side by side, watch them in the browser"
@@ -22,7 +22,7 @@ help:
 demo: $(VENV)/ready
 	$(BIN)/normuon-lens demo $(ARGS)
 
-test: $(VENV)/ready-for-tests chromium lint types
+test: $(VENV)/ready-for-tests chromium h5dump lint types
 	@echo "== tests"
 	$(BIN)/python -m pytest $(SIDE_BY_SIDE) $(ARGS)
 
@@ -42,6 +42,9 @@ types: $(VENV)/ready-for-tests
 chromium:
 	@PATH="$(CURDIR)/$(BIN):$$PATH" sh .ci/chromium
 
+h5dump:
+	@sh .ci/h5dump
+
 samples: $(VENV)/ready
 	$(BIN)/python -m normuon_lens.sample_runs.remake
 
@@ -51,6 +54,7 @@ benchmarks: $(VENV)/ready
 	$(BIN)/python benchmarks/sharded_overhead.py
 	$(BIN)/python benchmarks/optimizer_step.py
 	$(BIN)/python benchmarks/dashboard_latency.py
+	$(BIN)/python benchmarks/spectra_throughput.py
 
 clean:
 	rm -rf $(VENV) build .mypy_cache .ruff_cache .pytest_cache .hypothesis *.egg-info

@@ -24,7 +24,7 @@ MAY_IMPORT: dict[str, set[str]] = {
     "extras": {"errors"},
     "optim": {"errors", "extras"},
     "runfile": {"errors", "metrics"},
-    "analysis": {"errors", "metrics", "runfile"},
+    "analysis": {"errors", "extras", "metrics", "optim", "runfile"},
     "cli": {"errors", "metrics", "runfile", "optim", "analysis", ""},
     "__main__": {"cli"},
     "hooks": {"errors", "extras", "metrics", "runfile", "optim", ""},
