@@ -7,6 +7,7 @@ import os
 from pathlib import Path
 from typing import Any, NamedTuple
 
+import h5py
 import numpy as np
 import pytest
 
@@ -181,3 +182,43 @@ def test_full_disk_loses_nothing(
             expect_refusal(capsys, (parts,), "packing needs 0 MiB, 0 MiB are free")
     assert sorted(parts.iterdir()) == before
     assert run(capsys, "pack", parts)[0] == 0
+
+
+def test_check_says_what_is_damaged_what_is_good_and_how_to_save_it(
+    tmp_path: Path, capsys: pytest.CaptureFixture[str]
+) -> None:
+    path = tmp_path / "x.h5"
+    made_up_run(path, steps=6, every=3)
+    with h5py.File(path) as file:
+        offset = file["updates/update/001"].id.get_chunk_info(1).byte_offset
+    content = bytearray(path.read_bytes())
+    content[offset] ^= 1
+    path.write_bytes(content)
+    (tmp_path / "a.h5").write_bytes(content[:1000])
+    code, out, err = run(capsys, "check", tmp_path)
+    assert code == 2
+    assert err.count("\n") == 1
+    assert f"{tmp_path / 'a.h5'}: UNREADABLE\n" in out
+    assert "x.h5: damaged in updates/update/001 (full matrix 'blocks.0.mlp.up'), step 3: " in out
+    assert "still good: 6 of 6 steps, 6 of 6 row norms, 18 of 18 spectra, 17 of 18 full" in out
+    saved = tmp_path / "x-saved.h5"
+    assert f"normuon-lens pack {path} -o {saved}\n" in out
+    report = json.loads(run(capsys, "check", "--json", path)[1])[0]
+    assert report["flaws"][0]["dataset"] == "updates/update/001"
+    assert report["good"]["full matrices"] == [17, 18]
+    expect_refusal(capsys, (path, "--compress"), "damaged in updates/update/001", "-o OTHER.h5")
+    assert run(capsys, "pack", path, "-o", saved)[0] == 0
+    assert run(capsys, "check", saved)[0] == 0
+    assert "001" in open_run(saved).events[-1].text
+
+
+def test_check_names_what_is_left_over(parts: Path, capsys: pytest.CaptureFixture[str]) -> None:
+    manifest = Manifest.load(parts)
+    assert manifest
+    last = manifest.segments.pop()
+    manifest.save(parts)
+    (parts / "segment-1.h5.tmp").write_bytes(b"half")
+    code, out, _ = run(capsys, "check", parts)
+    assert code == 0
+    assert f"left over, {last.file}: not in manifest.json, so nothing of it is read\n" in out
+    assert "left over, segment-1.h5.tmp: half of a file, never committed; delete it\n" in out

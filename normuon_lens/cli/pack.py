@@ -21,8 +21,8 @@ def pack(run: str, output: str | None, compress: bool) -> None:
     """
     from normuon_lens.runfile.pack import pack as pack_run
 
-    with _progress() as bar:
-        task = bar.add_task(Path(run).name, total=None)
+    with progress_bar() as bar:
+        task = bar.add_task(escaped(Path(run).name), total=None)
 
         def progress(done: int, total: int) -> None:
             bar.update(task, completed=done, total=total, refresh=True)
@@ -30,11 +30,13 @@ def pack(run: str, output: str | None, compress: bool) -> None:
         made = pack_run(run, Path(output) if output else None, compress=compress, progress=progress)
     for text in made.left_out:
         click.echo(f"normuon-lens: left out: {text}", err=True)
+    for text in made.kept:
+        click.echo(f"normuon-lens: kept, though damaged: {text}", err=True)
     ranks = f", {len(made.ranks)} ranks" if made.ranks else ""
     click.echo(f"{made.path}: {made.bytes / 1e6:.1f} MB, {made.steps} steps{ranks}")
 
 
-def _progress() -> Any:
+def progress_bar() -> Any:
     """Return a progress bar on standard error, silent where that is no terminal."""
     from rich.console import Console
     from rich.progress import Progress
@@ -44,3 +46,10 @@ def _progress() -> Any:
     return Progress(
         console=console, transient=True, auto_refresh=False, disable=not console.is_terminal
     )
+
+
+def escaped(name: str) -> str:
+    """Return a name as text without markup."""
+    from rich.markup import escape
+
+    return escape(name)

@@ -8,7 +8,9 @@ from __future__ import annotations
 
 import json
 import os
+import re
 import socket
+import stat
 import time
 from collections.abc import Mapping
 from contextlib import suppress
@@ -20,6 +22,11 @@ from normuon_lens.errors import RunError
 from normuon_lens.runfile.schema import FORMAT, SCHEMA
 
 NAME = "manifest.json"
+MAX_BYTES = 16 << 20
+"""Of a list of segments: a hundred thousand of them."""
+
+FILE_NAME = re.compile(r"\w[\w.-]{0,199}", re.ASCII)
+"""What a segment may be called: a file in the folder of its list."""
 
 RECORDING, FINISHED, INTERRUPTED = "recording", "finished", "interrupted"
 
@@ -78,6 +85,12 @@ class Manifest:
         """
         path = folder / NAME
         try:
+            found = path.lstat()
+            # Opening a named pipe would wait for ever, and a link may lead anywhere.
+            if not stat.S_ISREG(found.st_mode):
+                raise RunError(f"{path}: not a file; a link is not followed")
+            if found.st_size > MAX_BYTES:
+                raise RunError(f"{path}: refused, it has more than any list of segments")
             content = json.loads(path.read_bytes())
             return cls._from_json(content, path)
         except (FileNotFoundError, NotADirectoryError):
@@ -94,7 +107,7 @@ class Manifest:
         segments = [Entry(**entry) for entry in content["segments"]]
         if any(type(value) is not int for entry in segments for value in astuple(entry)[1:]):
             raise ValueError
-        if any("/" in entry.file or entry.file.startswith(".") for entry in segments):
+        if not all(FILE_NAME.fullmatch(entry.file) for entry in segments):
             raise RunError(f"{path}: refused, it names a segment outside its folder")
         # Its order is the order of recording, so a name that comes twice would be no order.
         if len({entry.file for entry in segments}) < len(segments):

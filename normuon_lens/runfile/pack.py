@@ -9,7 +9,7 @@ from __future__ import annotations
 import os
 import shutil
 import time
-from collections.abc import Callable
+from collections.abc import Callable, Sequence
 from contextlib import suppress
 from pathlib import Path
 from typing import NamedTuple
@@ -19,7 +19,9 @@ import numpy as np
 
 from normuon_lens.errors import RunError
 from normuon_lens.runfile.claim import LOCK, lock, remove_parts
-from normuon_lens.runfile.manifest import FINISHED, RECORDING, Manifest, replace_durably
+from normuon_lens.runfile.flaws import Flaw
+from normuon_lens.runfile.guard import reason_of
+from normuon_lens.runfile.manifest import FINISHED, NAME, RECORDING, Manifest, replace_durably
 from normuon_lens.runfile.reader import Run, open_run
 from normuon_lens.runfile.schema import (
     HOLE,
@@ -75,13 +77,26 @@ def pack_in_place(
 
 
 class Packed(NamedTuple):
-    """What :func:`pack` made: a file, its bytes and steps, its ranks, and what it left out."""
+    """What :func:`pack` made.
+
+    Attributes
+    ----------
+    path : Path
+    bytes, steps : int
+    ranks : tuple of int
+        That recorded it.
+    left_out : list of str
+        What is damaged or missing.
+    kept : list of str
+        What is damaged, but nothing could be read without it.
+    """
 
     path: Path
     bytes: int
     steps: int
     ranks: tuple[int, ...]
     left_out: list[str]
+    kept: list[str]
 
 
 def pack(
@@ -102,7 +117,7 @@ def pack(
     compress : bool
         Shuffle and gzip the file.
     progress : callable, optional
-        Called with the bytes copied so far and those there are.
+        Called with how much is done and how much there is to do: all is read twice.
 
     Returns
     -------
@@ -114,7 +129,7 @@ def pack(
         If that is not possible; everything is then as it was before.
     """
     run = open_run(recording)
-    path, left_out = run.path, wounds(run)
+    path = run.path
     parts = parts_of(path)
     in_parts = parts.exists()
     if run.live:
@@ -125,21 +140,23 @@ def pack(
         raise RunError(f"{target}: exists already; choose another path or delete it")
     if target and not target.parent.is_dir():
         raise RunError(f"{target.parent}: no such folder")
-    if in_parts and left_out and not target:
-        raise RunError(f"{path}: {'; '.join(left_out)}; -o OTHER.h5 saves what is whole")
-    total = bytes_of(path)
-    if lack := lack_of_room(total, target.parent if target else path.parent):
+    if lack := lack_of_room(bytes_of(path), target.parent if target else path.parent):
         raise RunError(f"{target or path}: {lack}")
-    if in_parts and not target and not lock(parts):
-        raise RunError(f"{path}: another process is at work there just now")
-    copied = 0
+    total = max(1, 2 * run.size)
+    done = 0
 
     def more(count: int) -> None:
-        nonlocal copied
-        copied += count
+        nonlocal done
+        done += count
         if progress:
-            progress(min(copied, total), total)
+            progress(min(done, total), total)
 
+    flaws = list(run.flaws(more))
+    left_out = wounds(run, flaws)
+    if not target and (flaws or (in_parts and left_out)):
+        raise RunError(f"{path}: {in_short(left_out)}; -o OTHER.h5 saves what is whole")
+    if in_parts and not target and not lock(parts):
+        raise RunError(f"{path}: another process is at work there just now")
     try:
         # Somebody may have begun to record between the look and the lock.
         if in_parts and not target and Run(path).live:
@@ -151,6 +168,7 @@ def pack(
             compress=compress,
             apart=True,
             damaged=target is not None,
+            flaws=flaws,
             progress=more,
         )
     except OSError as error:
@@ -159,13 +177,48 @@ def pack(
         if in_parts and not target:
             (parts / LOCK).unlink(missing_ok=True)
     made = target or path
-    return Packed(made, made.stat().st_size, len(run.steps), run.ranks, left_out)
+    left_out = wounds(run, [flaw for flaw in flaws if flaw.can_go])
+    kept = [flaw.text for flaw in flaws if not flaw.can_go]
+    steps = len(open_run(made).steps)
+    return Packed(made, made.stat().st_size, steps, run.ranks, left_out, kept)
 
 
-def wounds(run: Run) -> list[str]:
+def wounds(run: Run, flaws: Sequence[Flaw] = ()) -> list[str]:
     """Return what of a recording is damaged or missing, one line each."""
-    damaged = [f"{damage.path.name}: {damage.reason}" for damage in run.damaged]
-    return damaged + [hole.text for hole in run.holes]
+    lines = [f"{damage.path.name}: {damage.reason}" for damage in run.damaged]
+    return [*lines, *(flaw.text for flaw in flaws), *(hole.text for hole in run.holes)]
+
+
+def in_short(lines: Sequence[str], most: int = 5) -> str:
+    """Join lines into one, the first few of them if they are many."""
+    more = [f"and {len(lines) - most} more"] if len(lines) > most else []
+    return "; ".join([*lines[:most], *more])
+
+
+def leftovers(path: Path) -> list[str]:
+    """Return what lies beside a recording that counts for nothing, one line each.
+
+    Parameters
+    ----------
+    path : Path
+        Of a recording that has ended: of one that is being made they are no leftovers.
+    """
+    parts = parts_of(path)
+    found = [path.with_name(f"{path.name}.packed.tmp")]
+    lines = [f"{file.name}: half of a packed file; delete it" for file in found if file.exists()]
+    folders = [folder for ranks in rank_folders(parts).values() for folder in ranks.values()]
+    for folder in [parts, *folders]:
+        if not folder.is_dir() or folder.is_symlink():
+            continue
+        with suppress(RunError):  # a damaged list is told of elsewhere
+            manifest = Manifest.load(folder)
+            listed = {entry.file for entry in manifest.segments} if manifest else set()
+            for name in sorted(file.name for file in folder.iterdir()):
+                if name.endswith(".tmp"):
+                    lines.append(f"{name}: half of a file, never committed; delete it")
+                elif name.endswith(".h5") and name not in listed:
+                    lines.append(f"{name}: not in {NAME}, so nothing of it is read")
+    return lines
 
 
 def replace_with(
@@ -176,6 +229,7 @@ def replace_with(
     compress: bool = False,
     apart: bool = False,
     damaged: bool = False,
+    flaws: Sequence[Flaw] | None = None,
     progress: Callable[[int], None] | None = None,
 ) -> None:
     """Write the recording at `path` as one file to `target`; in its own place, for its parts.
@@ -189,7 +243,9 @@ def replace_with(
     compress, apart : bool
         As for :func:`pack_in_place`.
     damaged : bool
-        Leave out damaged segments instead of refusing.
+        Leave out what is damaged instead of refusing.
+    flaws : sequence of Flaw, optional
+        What is wrong with its numbers; None: they are read to find out.
     progress : callable, optional
         Called with the bytes that were copied, again and again.
 
@@ -204,9 +260,12 @@ def replace_with(
 
     def write(said: Callable[[int], None] | None) -> None:
         run = Run(path)
+        found = list(run.flaws()) if flaws is None else flaws
         if run.damaged and not damaged:
             raise RunError(f"{run.damaged[0].path.name} is damaged ({run.damaged[0].reason})")
-        write_packed(run, temporary, status, compress=compress, progress=said)
+        if found and not damaged:
+            raise RunError(found[0].text)
+        write_packed(run, temporary, status, flaws=found, compress=compress, progress=said)
 
     try:
         temporary.unlink(missing_ok=True)
@@ -229,10 +288,15 @@ def write_packed(
     temporary: Path,
     status: str,
     *,
+    flaws: Sequence[Flaw] = (),
     compress: bool = False,
     progress: Callable[[int], None] | None = None,
 ) -> None:
-    """Write all records of `run` into the new file `temporary`; holes and damage become events."""
+    """Write all records of `run` but its `flaws` into the new file `temporary`.
+
+    Holes and damage become events.
+    """
+    run.leave_out(flaws)
     segments = run.segments()
     for segment in segments:
         segment.events = [event for event in segment.events if event.kind != HOLE]
@@ -242,6 +306,10 @@ def write_packed(
         span = f"steps {first}–{last}" if damage.steps else "a part"
         text = f"{span} left out, {damage.path.name} is damaged: {damage.reason}"
         events.append(Event(first, "damaged", text))
+    for flaw in flaws:
+        if flaw.path not in {damage.path for damage in run.damaged}:
+            text = f"{flaw.text}; {'left out' if flaw.can_go else 'kept as it is'}"
+            events.append(Event(flaw.steps[0] if flaw.steps else 0, "damaged", text))
     if events:
         segments.append(Segment(events=events))
     with h5py.File(temporary, "x", libver=LIBVER) as packed:
@@ -319,11 +387,6 @@ def lack_of_room(total: int, folder: Path) -> str:
     if total * 1.2 + ROOM <= free:
         return ""
     return f"packing needs {total >> 20} MiB, {free >> 20} MiB are free"
-
-
-def reason_of(error: Exception) -> str:
-    """Return an error's text in one line."""
-    return " ".join(str(error).split())[:300] or type(error).__name__
 
 
 def _in_a_fork(

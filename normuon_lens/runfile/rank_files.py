@@ -7,7 +7,7 @@ from __future__ import annotations
 
 import threading
 from collections import OrderedDict
-from collections.abc import Iterable, MutableMapping
+from collections.abc import Callable, Iterable, Iterator, Mapping, MutableMapping
 from dataclasses import dataclass, field
 from pathlib import Path
 from typing import Any
@@ -16,11 +16,14 @@ import h5py
 import numpy as np
 
 from normuon_lens.errors import RunError
+from normuon_lens.runfile.digests import GROUP
+from normuon_lens.runfile.flaws import Flaw, flaws_of, size_of
 from normuon_lens.runfile.guard import damage, open_guarded
 from normuon_lens.runfile.manifest import NAME, Manifest
 from normuon_lens.runfile.schema import Matrices, Shard
 from normuon_lens.runfile.segment import (
     check_layout,
+    check_steps,
     read_matrices,
     read_metadata,
     read_segment,
@@ -116,6 +119,10 @@ class RankSegment:
                 for name, array in segment.arrays.items()
                 if array.ndim == 1 and not name.endswith("/sigma")
             }
+            check_steps(self.index)
+            self.stored = file.id.get_filesize()
+            self.size = size_of(file, segment.arrays)
+            self.has_digests = GROUP in file
         self.dtypes = {name: array.dtype for name, array in segment.arrays.items()}
         self.events = segment.events
         self.scalars = segment.scalars
@@ -124,6 +131,11 @@ class RankSegment:
     def rows(self) -> int:
         """Recorded steps."""
         return len(self.index["steps/step"])
+
+    def flaws(self, progress: Callable[[int], None] | None = None) -> Iterator[Flaw]:
+        """Read everything once and yield what is wrong; RunError when the file is gone."""
+        with open_guarded(self.path) as file:
+            yield from flaws_of(file, self.path, self.dtypes, self.matrices, progress)
 
     def read(self, name: str, at: Any) -> np.ndarray:
         """Read part of a dataset; RunError when the disk or the file refuses."""
@@ -172,8 +184,11 @@ def read_rank(
     attempt: int,
     known: MutableMapping[Path, RankSegment],
     handles: Handles,
+    distrusted: Mapping[Path, str],
 ) -> RankFiles:
     """Read the list of a rank's segments and those that are not `known` yet, which is added to.
+
+    Those that are `distrusted`, for the reason given, count as damaged.
 
     Raises
     ------
@@ -190,6 +205,8 @@ def read_rank(
     for entry in found.manifest.segments if found.manifest else []:
         path = folder / entry.file
         try:
+            if path in distrusted:
+                raise RunError(distrusted[path])
             segment = known.get(path) or RankSegment(path, handles)
             of = segment.shard
             if (of.rank, of.attempt) != (rank, attempt):

@@ -8,12 +8,15 @@ another attempt, or a pass through the same step before the training went back.
 
 from __future__ import annotations
 
-from collections.abc import Callable, MutableMapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, MutableMapping, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple
 
 import numpy as np
 
+from normuon_lens.errors import RunError
+from normuon_lens.runfile.flaws import Flaw
+from normuon_lens.runfile.guard import MAX_EXPANSION, SMALL
 from normuon_lens.runfile.manifest import FINISHED, INTERRUPTED, RECORDING
 from normuon_lens.runfile.rank_files import (
     NO_FILES,
@@ -128,6 +131,21 @@ class Attempt:
         """Recorded rows T."""
         return len(self._keys)
 
+    @property
+    def size(self) -> int:
+        """Bytes that :meth:`flaws` reads."""
+        return sum(segment.size for segment in self._segments)
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether all segments have checksums."""
+        return all(segment.has_digests for segment in self._segments)
+
+    def flaws(self, progress: Callable[[int], None] | None = None) -> Iterator[Flaw]:
+        """Read everything once and yield what is wrong."""
+        for segment in self._segments:
+            yield from segment.flaws(progress)
+
     def read(self, path: str, at: tuple[Any, ...]) -> np.ndarray:
         """Read part of a dataset; RunError when the disk or a file refuses."""
         return self._lazy[path][at]
@@ -152,6 +170,8 @@ class Attempt:
         self._until = self._last_shown(rows)
         keys = np.unique(np.concatenate(rows))
         self._keys = keys[keys <= self._until]
+        self._expect_room(len(self._keys), 8 * len(rows))
+        self._expect_room(len(self._keys), 4 * self.matrices.total_rows)
         self._places = np.full((len(rows), len(self._keys)), -1, dtype=np.int64)
         for w, of_rank in enumerate(rows):
             shown = np.flatnonzero(of_rank <= self._until)
@@ -162,6 +182,14 @@ class Attempt:
         if len(self._steps):
             era, step = np.divmod(self._keys, len(self._steps))
             np.maximum.at(self._newest, step, era)
+
+    def _expect_room(self, rows: int, row_bytes: int) -> None:
+        """Refuse what takes far more memory than the files; ranks that are not there take some."""
+        stored = sum(segment.stored for segment in self._segments)
+        if rows * row_bytes > SMALL + MAX_EXPANSION * stored:
+            raise RunError(
+                f"{self.path}: damaged, its ranks tell of more than files of {stored} bytes hold"
+            )
 
     def _key(self, segment: RankSegment, steps: str, eras: str) -> np.ndarray:
         numbers = np.searchsorted(self._steps, segment.index[steps]).astype(np.int64)
@@ -319,6 +347,7 @@ class Attempt:
             return
         records = self._records(name, owners)
         keys, rows = np.unique(records.keys, return_inverse=True)
+        self._expect_room(len(keys), 8 * len(self.matrices))
         slots = np.full((len(keys), len(self.matrices)), -1, dtype=np.int64)
         # Of one rank the last record counts, of several ranks the first one's.
         order = self._by_rank(records.segments)
@@ -497,6 +526,7 @@ def read_ranks(
     table: Matrices | None,
     known: MutableMapping[Path, RankSegment],
     handles: Handles,
+    distrusted: Mapping[Path, str],
 ) -> Ranks:
     """Read what several ranks recorded in `parts`.
 
@@ -512,6 +542,8 @@ def read_ranks(
         Segments that were read before; what is read is added.
     handles : Handles
         For the files.
+    distrusted : mapping of Path to str
+        Segments that count as damaged, and why.
 
     Raises
     ------
@@ -520,7 +552,10 @@ def read_ranks(
     """
     ranks = Ranks([], [], [])
     for number, folders in rank_folders(parts).items():
-        found = {rank: read_rank(x, rank, number, known, handles) for rank, x in folders.items()}
+        found = {
+            rank: read_rank(folder, rank, number, known, handles, distrusted)
+            for rank, folder in folders.items()
+        }
         readable = [segment for member in found.values() for segment in member.segments]
         if table is None and readable:
             table = readable[0].matrices

@@ -10,7 +10,7 @@ from __future__ import annotations
 import difflib
 import html
 import stat
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable, Iterator
 from pathlib import Path
 from typing import Any, NamedTuple
 
@@ -18,10 +18,18 @@ import h5py
 import numpy as np
 
 from normuon_lens.errors import RunError
+from normuon_lens.runfile.flaws import Flaw
 from normuon_lens.runfile.manifest import INTERRUPTED, NAME, RECORDING, Manifest
 from normuon_lens.runfile.rank_files import Handles, OutOfDate, RankSegment
 from normuon_lens.runfile.ranks import Attempt, Ranks, read_ranks
-from normuon_lens.runfile.schema import STAGES, Event, Matrices, parts_of, rank_folders
+from normuon_lens.runfile.schema import (
+    STAGES,
+    Event,
+    Matrices,
+    parts_of,
+    printable,
+    rank_folders,
+)
 from normuon_lens.runfile.segment import Segment, without_samples
 from normuon_lens.runfile.source import Damage, File, Hole, Source, holes_of
 
@@ -163,6 +171,7 @@ class Run:
         self._of_ranks: Ranks | None = None
         self._segments: dict[Path, RankSegment] = {}
         self._handles = Handles()
+        self._distrusted: dict[Path, str] = {}
         self._alive: tuple[bool, ...] = ()
         self._stamp: object = None
         self._manifest: Manifest | None = None
@@ -173,12 +182,12 @@ class Run:
     @property
     def name(self) -> str:
         """The run's own name, or its file's."""
-        return str(self.metadata.get("name") or self.path.name.removesuffix(".h5"))
+        return printable(str(self.metadata.get("name") or self.path.name.removesuffix(".h5")))
 
     @property
     def optimizer(self) -> str:
         """Class name of the optimizer of the matrices, such as ``"NorMuon"``."""
-        return str(self.metadata.get("optimizer", "unknown"))
+        return printable(str(self.metadata.get("optimizer", "unknown")))
 
     @property
     def matrices(self) -> list[str]:
@@ -253,8 +262,17 @@ class Run:
         i = self._index_of(matrix)
         return self._spectra(stage, self.table.sigmas(i), i, after=0)
 
-    def all_spectra(self, stage: str = "update", after: int = 0) -> Spectra:
+    def all_spectra(
+        self, stage: str = "update", after: int = 0, until: int | None = None
+    ) -> Spectra:
         """Singular values of all matrices side by side, at the sampled steps beyond `after`.
+
+        Parameters
+        ----------
+        stage : str
+        after : int
+        until : int, optional
+            Last step wanted: a long history need not be in memory at once.
 
         Returns
         -------
@@ -262,7 +280,7 @@ class Run:
             With sigma of shape (Ts, Σk), columns as ``run.table.sigmas(i)`` says, and floor and
             weight_norm of shape (Ts, M).
         """
-        return self._spectra(stage, slice(None), slice(None), after)
+        return self._spectra(stage, slice(None), slice(None), after, until)
 
     def spectrum(self, matrix: str, step: int, stage: str = "update") -> np.ndarray:
         """All min(m, n) singular values of a matrix at one sampled step, descending, float64.
@@ -295,6 +313,18 @@ class Run:
         if f"{path}_scale" in source.index:
             values *= source.index[f"{path}_scale"][row]
         return values
+
+    def stored_dtype(self, matrix: str, step: int, stage: str = "update") -> str:
+        """Return to what a full matrix was rounded when it was kept: "float32" or "float16".
+
+        Raises
+        ------
+        RunError
+            As of :meth:`update`.
+        """
+        path = f"updates/{stage}/{self._index_of(matrix):03d}"
+        source, _ = self._place_of(f"{path}_step", step, f"full matrix of {matrix!r}")
+        return "float16" if f"{path}_scale" in source.index else "float32"
 
     # -- life --------------------------------------------------------------------------------
 
@@ -353,6 +383,38 @@ class Run:
         """Return all records, file by file, to be copied into one: what packing needs."""
         return [without_samples(source.segment(), source.later) for source in self._sources]
 
+    @property
+    def size(self) -> int:
+        """Bytes that :meth:`flaws` reads: of all numbers, as they are once they are read."""
+        return sum(source.size for source in self._sources)
+
+    @property
+    def has_checksums(self) -> bool:
+        """Whether all files have checksums: those of older versions have none."""
+        return all(source.has_digests for source in self._sources)
+
+    def flaws(self, progress: Callable[[int], None] | None = None) -> Iterator[Flaw]:
+        """Read every number once, and yield those that cannot be read or have changed.
+
+        Parameters
+        ----------
+        progress : callable, optional
+            Called with the bytes that were read, piece by piece.
+        """
+        for source in self._sources:
+            yield from source.flaws(progress)
+
+    def leave_out(self, flaws: Iterable[Flaw]) -> None:
+        """Let :meth:`segments` go without what is flawed; of a rank, without its whole segment."""
+        flaws = list(flaws)
+        files = {source.path: source for source in self._sources if isinstance(source, File)}
+        for source in files.values():
+            source.left_out = [flaw for flaw in flaws if flaw.path == source.path and flaw.dataset]
+        of_ranks = [flaw for flaw in flaws if flaw.path not in files]
+        self._distrusted = {flaw.path: f"{flaw.what}: {flaw.reason}" for flaw in of_ranks}
+        if of_ranks:
+            self._load(files)
+
     # -- how ---------------------------------------------------------------------------------
 
     def _look(self) -> object:
@@ -396,6 +458,8 @@ class Run:
         damaged: list[Damage] = []
         for path, steps in files:
             try:
+                if path != self.path and path.is_symlink():
+                    raise RunError("a link, which is not followed")
                 source = known.get(path) or File(path)
                 if sources and source.matrices != sources[0].matrices:
                     raise RunError("its matrices are not this run's")
@@ -413,7 +477,9 @@ class Run:
             segments = dict(self._segments)
             table = sources[0].matrices if sources else None
             try:
-                of_ranks = read_ranks(self.path, parts, table, segments, self._handles)
+                of_ranks = read_ranks(
+                    self.path, parts, table, segments, self._handles, self._distrusted
+                )
             except OutOfDate:
                 return False
             if Manifest.load(parts) or rank_folders(parts) != folders:
@@ -487,12 +553,15 @@ class Run:
             hint = f"; did you mean {', '.join(map(repr, close))}?" if close else ""
             raise RunError(f"{self.path}: no matrix {matrix!r}{hint}") from None
 
-    def _spectra(self, stage: str, sigmas: slice, matrices: Any, after: int) -> Spectra:
+    def _spectra(
+        self, stage: str, sigmas: slice, matrices: Any, after: int, until: int | None = None
+    ) -> Spectra:
         steps, places = self._sampled(f"spectra/{stage}/step")
         if not len(steps) and stage not in self.stages:
             raise RunError(f"{self.path}: no spectra of stage {stage!r} are recorded")
         start = int(np.searchsorted(steps, after, side="right"))
-        steps, places = steps[start:], places[start:]
+        stop = None if until is None else int(np.searchsorted(steps, until, side="right"))
+        steps, places = steps[start:stop], places[start:stop]
         if not places:
             none = np.empty((0, len(self.table)))[:, matrices]
             return Spectra(steps, np.empty((0, self.table.total_sigmas))[:, sigmas], none, none)

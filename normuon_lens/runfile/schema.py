@@ -242,4 +242,9 @@ def fixed_strings(texts: Sequence[str]) -> np.ndarray:
 
 def plain_strings(stored: np.ndarray) -> list[str]:
     """Undo :func:`fixed_strings`; undecodable bytes are shown, not raised."""
-    return [bytes(text).decode(errors="replace") for text in stored]
+    return [printable(bytes(text).decode(errors="replace")) for text in stored]
+
+
+def printable(text: str) -> str:
+    """Return a text with "?" for what would command a terminal or turn its neighbours round."""
+    return "".join(sign if sign.isprintable() else "?" for sign in text)

@@ -10,13 +10,14 @@ from __future__ import annotations
 import itertools
 import json
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Mapping, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 import h5py
 import numpy as np
 
+from normuon_lens.runfile.digests import Digests
 from normuon_lens.runfile.guard import MAX_EXPANSION, SMALL
 from normuon_lens.runfile.schema import (
     FORMAT,
@@ -46,8 +47,27 @@ MAX_RANKS = 1 << 16
 MAX_ERA = 1 << 31
 """How often a training may have gone back."""
 
+MAX_STEP = 1 << 53
+"""Beyond it a page could not tell one step from the next."""
+
+MAX_SCALARS = 10_000
+"""Names under which a training logs."""
+
 MAX_HOLES = 1 << 29
 """Holes times steps of a file: a byte for each says which steps a hole covers."""
+
+KINDS: dict[str, type | tuple[type, ...]] = {
+    "created": (int, float),
+    "job": (dict, type(None)),
+    "model": str,
+    "notes": (str, type(None)),
+    "parameters": int,
+    "schedule": dict,
+    "shadow_of": (str, type(None)),
+    "versions": dict,
+    "world_size": int,
+}
+"""Of which kind a part of the metadata must be to be read at all."""
 
 UPDATE_FIELD = re.compile(r"\d{3,6}(_step|_scale|_era)?", re.ASCII)
 """Datasets of one ``/updates/<stage>``: (Tm, m, n), then (Tm,) each; the number is the matrix."""
@@ -58,6 +78,12 @@ SAMPLE_FIELDS = ("step", "sigma", "floor", "weight_norm", "decay")
 RECORD_FIELDS = ("step", "matrix", "era", "sigma", "floor", "weight_norm", "decay")
 """Datasets of one ``/samples/<stage>`` of a rank: one record a matrix and step, for at each step
 a rank owns other matrices. (R,) each, but sigma, which has min(m, n) values a record."""
+
+SCALAR_FIELDS = ("steps/scalar_names", "steps/scalars")
+SMALL_GROUPS = ("matrices", "shard", "events")
+
+MISSING = -2
+"""In place of a record's number; no two of these follow each other as records do."""
 
 
 @dataclass
@@ -117,6 +143,7 @@ def write_segment(
     progress : callable, optional
         Called with the bytes that were copied, piece by piece.
     """
+    digests = Digests()
     file.attrs["format"] = np.bytes_(FORMAT)
     file.attrs["schema"] = SCHEMA
     file.attrs["run"] = np.bytes_(run)
@@ -125,7 +152,7 @@ def write_segment(
         _write_shard(file, shard)
     filters = {"compression": "gzip", "shuffle": True} if compress else {}
     for path in dict.fromkeys(path for segment in segments for path in segment.arrays):
-        _concatenate(file, path, segments, packed, filters, progress)
+        _concatenate(file, path, segments, packed, filters, digests, progress)
     _write_scalars(file.require_group("steps"), segments, filters)
     events = [event for segment in segments for event in segment.events]
     if events:
@@ -133,8 +160,16 @@ def write_segment(
         group["step"] = np.array([event.step for event in events], dtype=np.int64)
         group["kind"] = fixed_strings([event.kind for event in events])
         group["text"] = fixed_strings([event.text for event in events])
+    for path in (*SCALAR_FIELDS, *small_datasets(file)):
+        digests.add(path, file[path][()])
+    digests.write(file)
     if packed:
         _annotate(file)
+
+
+def small_datasets(file: h5py.File) -> list[str]:
+    """Return the paths of what an open file tells of itself: matrices, ranks and events."""
+    return [f"{group}/{name}" for group in SMALL_GROUPS if group in file for name in file[group]]
 
 
 def read_segment(file: h5py.File) -> Segment:
@@ -160,6 +195,8 @@ def read_segment(file: h5py.File) -> Segment:
             known = [name for name in file[f"updates/{stage}"] if UPDATE_FIELD.fullmatch(name)]
             paths += [f"updates/{stage}/{name}" for name in known]
     segment = Segment(arrays={path: _dataset(file, path) for path in paths})
+    if len(_dataset(file, "steps/scalar_names")) > MAX_SCALARS:
+        raise ValueError(f"it has more than {MAX_SCALARS} scalars")
     names = _strings(file, "steps/scalar_names")
     table = _dataset(file, "steps/scalars")
     if table.shape != (segment.rows, len(names)) or table.dtype.kind != "f":
@@ -181,7 +218,7 @@ class Selected:
     ----------
     array : array-like
     records : ndarray of int64
-        Which, ascending.
+        Which, ascending; :data:`MISSING` for one that is NaN instead, and is not read.
     """
 
     def __init__(self, array: Any, records: np.ndarray) -> None:
@@ -196,8 +233,12 @@ class Selected:
     def __getitem__(self, at: slice) -> np.ndarray:
         wanted = self._records[at]
         values = np.empty((len(wanted), *self.shape[1:]), dtype=self.dtype)
-        for i, record in enumerate(wanted.tolist()):
-            values[i] = self._array[record]
+        edges = [0, *(np.flatnonzero(np.diff(wanted) != 1) + 1).tolist(), len(wanted)]
+        for start, stop in itertools.pairwise(edges):
+            if start < stop:
+                first = int(wanted[start])
+                last = first + stop - start
+                values[start:stop] = np.nan if first == MISSING else self._array[first:last]
         return values
 
 
@@ -205,16 +246,64 @@ def without_samples(segment: Segment, steps: np.ndarray) -> Segment:
     """Return a segment without its spectra and matrices of these steps."""
     arrays = dict(segment.arrays)
     for path, array in segment.arrays.items():
-        if path.startswith("spectra/"):
-            index = f"{path.rpartition('/')[0]}/step"
-        elif path.startswith("updates/"):
-            index = f"{path.removesuffix('_step').removesuffix('_scale')}_step"
-        else:
+        if not path.startswith(("spectra/", "updates/")):
             continue
-        kept = ~np.isin(segment.arrays[index][()], steps)
+        kept = ~np.isin(segment.arrays[steps_index(path)][()], steps)
         if not kept.all():
             arrays[path] = Selected(array, np.flatnonzero(kept))
     return Segment(segment.scalars, arrays, segment.events)
+
+
+def without_rows(segment: Segment, lost: Mapping[str, np.ndarray]) -> Segment:
+    """Return a segment without some rows of its datasets.
+
+    Parameters
+    ----------
+    segment : Segment
+    lost : mapping of str to ndarray of int64
+        Rows by dataset. With a number of a step its whole row goes, with one of a spectrum or a
+        matrix the whole sample; norms and scalars become NaN, and texts stay as they are, but
+        those of events go.
+    """
+    gone: dict[str, np.ndarray] = {}
+    for path, rows in lost.items():
+        if path not in SCALAR_FIELDS and path in segment.arrays and "neurons" not in path:
+            table = _table_of(path)
+            gone[table] = np.union1d(gone.get(table, rows), rows)
+    arrays = dict(segment.arrays)
+    for path, array in segment.arrays.items():
+        kept = np.setdiff1d(np.arange(len(array)), gone.get(_table_of(path), []))
+        if path.startswith("neurons/") and path in lost:
+            kept[np.isin(kept, lost[path])] = MISSING
+            arrays[path] = Selected(array, kept)
+        elif len(kept) < len(array):
+            arrays[path] = Selected(array, kept)
+    steps = np.setdiff1d(np.arange(segment.rows), gone.get("steps", []))
+    scalars = {name: values[steps] for name, values in segment.scalars.items()}
+    for values in scalars.values():
+        values[np.isin(steps, lost.get("steps/scalars", []))] = np.nan
+    wrong = {row for path, rows in lost.items() if path.startswith("events/") for row in rows}
+    events = [event for i, event in enumerate(segment.events) if i not in wrong]
+    return Segment(scalars, arrays, events)
+
+
+def steps_index(path: str) -> str:
+    """Return the dataset that says of which step each row of another one is."""
+    kind = path.partition("/")[0]
+    if kind in ("steps", "neurons"):
+        return "steps/step"
+    table = _table_of(path)
+    return f"{table}_step" if kind == "updates" else f"{table}/step"
+
+
+def _table_of(path: str) -> str:
+    """Name what shares its records with a dataset: the steps, a stage's samples, a matrix."""
+    kind, _, rest = path.partition("/")
+    if kind in ("steps", "neurons"):
+        return "steps"
+    if kind == "updates":
+        return re.sub(r"_(step|scale|era)$", "", path)
+    return f"{kind}/{rest.partition('/')[0]}"
 
 
 def check_layout(segment: Segment, matrices: Matrices, shard: Shard | None = None) -> None:
@@ -271,6 +360,13 @@ def _sample_length(segment: Segment, stage: str, name: str, matrices: Matrices) 
     return int(matrices.widths[of[()]].sum())
 
 
+def check_steps(index: Mapping[str, np.ndarray]) -> None:
+    """Refuse impossible steps: ValueError names where they are."""
+    for path, values in index.items():
+        if path.endswith("step") and not _within(values, 1, MAX_STEP):
+            raise ValueError(f"{path} has impossible steps")
+
+
 def _within(numbers: np.ndarray, low: int, high: int) -> bool:
     return not len(numbers) or bool(low <= numbers.min() and numbers.max() < high)
 
@@ -322,13 +418,20 @@ def read_matrices(file: h5py.File) -> Matrices:
 
 
 def read_metadata(file: h5py.File) -> dict[str, Any]:
-    """Return the run's metadata of an open segment."""
+    """Return the run's metadata of an open segment, but for what is not of its kind."""
     given = json.loads(bytes(file.attrs["run"]))
     # JSON can spell half of a character, which no terminal and no page can be sent: a "?" then.
     metadata = json.loads(json.dumps(given, ensure_ascii=False).encode(errors="replace"))
     if not isinstance(metadata, dict):
         raise ValueError("its metadata is no table of names and values")
-    return metadata
+    return {key: value for key, value in metadata.items() if _is_of_its_kind(key, value)}
+
+
+def _is_of_its_kind(key: str, value: Any) -> bool:
+    """Tell whether whoever reads this part of the metadata may rely on what it is."""
+    if key == "groups":
+        return isinstance(value, list) and all(isinstance(group, dict) for group in value)
+    return key not in KINDS or isinstance(value, KINDS[key])
 
 
 def _dataset(file: h5py.File, path: str) -> h5py.Dataset:
@@ -390,6 +493,7 @@ def _concatenate(
     segments: Sequence[Segment],
     packed: bool,
     filters: dict[str, Any],
+    digests: Digests,
     progress: Callable[[int], None] | None,
 ) -> None:
     blocks = [_block(segment, path, segments) for segment in segments]
@@ -405,7 +509,9 @@ def _concatenate(
     start = 0
     for block in blocks:
         for piece in _pieces(block, 256 if chunks and chunks[0] == 256 else 1):
+            piece = piece.astype(dtype, copy=False)
             dataset[start : start + len(piece)] = piece
+            digests.add(path, piece)
             start += len(piece)
             if progress:
                 progress(piece.nbytes)
@@ -446,33 +552,77 @@ def _pieces(block: Any, multiple: int) -> Iterable[np.ndarray]:
         yield np.asarray(block[start : start + rows])
 
 
+OF_A_SAMPLE = {
+    "floor": ("below it a singular value is noise", "weight"),
+    "weight_norm": ("Frobenius norm of the weight before the step", "weight"),
+    "decay": ("learning rate times decoupled weight decay", ""),
+}
+"""What stands beside a spectrum, one number a matrix: what it is, and its unit."""
+
+
 def _annotate(file: h5py.File) -> None:
-    """Add dimension scales and NeXus NXdata attributes: generic viewers then plot the run."""
+    """Add dimension scales and NeXus NXdata attributes: general viewers then plot the run.
+
+    Scales name the axes for xarray, and stand beside what they measure, where NXdata looks for
+    them; a hard link to one costs nothing.
+    """
     file.attrs["NX_class"] = np.bytes_("NXroot")
-    step = file["steps/step"]
-    step.make_scale("step")
-    step.attrs["long_name"] = np.bytes_("optimizer step")
+    steps = file["steps"]
+    _scale(steps, "step", "optimizer step")
+    _describe(steps["time"], "end of the step", "seconds since 1970-01-01", steps["step"])
+    _describe(steps["void"], "1 where a step moved nothing", "", steps["step"])
+    _scale(steps, "scalar_names", "name in the training")
+    _describe(steps["scalars"], "what was logged", "", steps["step"], steps["scalar_names"])
+    _nxdata(steps, "scalars", "step", ".")
+    matrices = file["matrices"]
+    _scale(matrices, "name", "matrix")
+    for name in ("m", "n", "row_offset", "dtype", "group"):
+        matrices[name].dims[0].attach_scale(matrices["name"])
     if "neurons" in file:
         group = file["neurons"]
-        file.attrs["default"] = np.bytes_("neurons")
         stages = list(group)
+        group["step"] = steps["step"]
+        group["neuron"] = np.arange(group[stages[0]].shape[1], dtype=np.int32)
+        _scale(group, "neuron", "neurons of all matrices, one matrix after the other")
         for stage in stages:
-            group[stage].dims[0].attach_scale(step)
-            group[stage].attrs["units"] = np.bytes_("weight")
-            group[stage].attrs["long_name"] = np.bytes_(f"row L2 norms, {stage}")
-        # NXdata looks for its axes beside the signal; a hard link costs nothing.
-        group["step"] = step
-        _nxdata(group, "update" if "update" in stages else stages[0])
+            _describe(
+                group[stage], f"row L2 norms, {stage}", "weight", group["step"], group["neuron"]
+            )
+        _nxdata(group, "update" if "update" in stages else min(stages), "step", "neuron")
+        file.attrs["default"] = np.bytes_("neurons")
     for stage in file.get("spectra", ()):
         group = file["spectra"][stage]
-        group["step"].make_scale("step")
-        group["sigma"].dims[0].attach_scale(group["step"])
-        group["sigma"].attrs["units"] = np.bytes_("weight")
-        group["sigma"].attrs["long_name"] = np.bytes_(f"singular values, {stage}")
-        _nxdata(group, "sigma")
+        group["name"] = matrices["name"]
+        group["value"] = np.arange(group["sigma"].shape[1], dtype=np.int32)
+        _scale(group, "step", "optimizer step")
+        _scale(group, "value", "singular values of all matrices, one matrix after the other")
+        _describe(
+            group["sigma"], f"singular values, {stage}", "weight", group["step"], group["value"]
+        )
+        for name, (text, units) in OF_A_SAMPLE.items():
+            _describe(group[name], text, units, group["step"], group["name"])
+        _nxdata(group, "sigma", "step", "value")
+        group.attrs["SILX_style"] = np.bytes_('{"signal_scale_type": "log"}')
+    if "spectra" in file:
+        spectra = file["spectra"]
+        spectra.attrs["default"] = np.bytes_("update" if "update" in spectra else min(spectra))
+        file.attrs.setdefault("default", np.bytes_("spectra"))
 
 
-def _nxdata(group: h5py.Group, signal: str) -> None:
+def _scale(group: h5py.Group, name: str, text: str) -> None:
+    group[name].make_scale(name)
+    group[name].attrs["long_name"] = np.bytes_(text)
+
+
+def _describe(dataset: h5py.Dataset, text: str, units: str, *scales: h5py.Dataset) -> None:
+    dataset.attrs["long_name"] = np.bytes_(text)
+    if units:
+        dataset.attrs["units"] = np.bytes_(units)
+    for axis, scale in zip(dataset.dims, scales, strict=True):
+        axis.attach_scale(scale)
+
+
+def _nxdata(group: h5py.Group, signal: str, *axes: str) -> None:
     group.attrs["NX_class"] = np.bytes_("NXdata")
     group.attrs["signal"] = np.bytes_(signal)
-    group.attrs["axes"] = np.array([b"step", b"."])
+    group.attrs["axes"] = fixed_strings(axes)

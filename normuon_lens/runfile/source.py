@@ -6,21 +6,25 @@ A source is one file, or one attempt of several ranks that looks like one file.
 from __future__ import annotations
 
 import re
-from collections.abc import Sequence
+from collections.abc import Callable, Iterator, Sequence
 from pathlib import Path
 from typing import Any, NamedTuple, Protocol
 
 import numpy as np
 
+from normuon_lens.runfile.digests import GROUP
+from normuon_lens.runfile.flaws import Flaw, flaws_of, size_of
 from normuon_lens.runfile.guard import damage, open_guarded
 from normuon_lens.runfile.manifest import FINISHED
 from normuon_lens.runfile.schema import HOLE, Event, Matrices
 from normuon_lens.runfile.segment import (
     Segment,
     check_layout,
+    check_steps,
     read_matrices,
     read_metadata,
     read_segment,
+    without_rows,
 )
 
 
@@ -102,6 +106,20 @@ class Source(Protocol):
         """What ranks did not record."""
         ...
 
+    @property
+    def size(self) -> int:
+        """Bytes that :meth:`flaws` reads."""
+        ...
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether all of it has checksums."""
+        ...
+
+    def flaws(self, progress: Callable[[int], None] | None = None) -> Iterator[Flaw]:
+        """Read everything once and yield what is wrong."""
+        ...
+
     def read(self, path: str, at: tuple[Any, ...]) -> np.ndarray:
         """Read part of a dataset; RunError when the disk or a file refuses."""
         ...
@@ -119,6 +137,11 @@ class File:
     Parameters
     ----------
     path : Path
+
+    Attributes
+    ----------
+    left_out : list of Flaw
+        What :meth:`segment` goes without.
 
     Raises
     ------
@@ -143,10 +166,12 @@ class File:
                 for name, array in segment.arrays.items()
                 if array.ndim == 1 or name.endswith(("/floor", "/weight_norm", "/decay"))
             }
+            check_steps(self.index)
         self.events = segment.events
         self.scalars = segment.scalars
         self.paths = set(segment.arrays)
         self.later = np.empty(0, np.int64)
+        self.left_out: list[Flaw] = []
 
     @property
     def rows(self) -> int:
@@ -169,10 +194,28 @@ class File:
             values: np.ndarray = self._file[path][at]
         return values
 
+    @property
+    def size(self) -> int:
+        """Bytes that :meth:`flaws` reads."""
+        return size_of(self._file, self.paths)
+
+    @property
+    def has_digests(self) -> bool:
+        """Whether it has checksums."""
+        return GROUP in self._file
+
+    def flaws(self, progress: Callable[[int], None] | None = None) -> Iterator[Flaw]:
+        """Read everything once and yield what is wrong."""
+        return flaws_of(self._file, self.path, self.paths, self.matrices, progress)
+
     def segment(self) -> Segment:
-        """Return all records; arrays are the datasets of the open file."""
+        """Return all records but those left out; arrays are the datasets of the open file."""
+        lost: dict[str, np.ndarray] = {}
+        for flaw in self.left_out:
+            lost[flaw.dataset] = np.union1d(lost.get(flaw.dataset, []), np.arange(*flaw.rows))
         with damage(self.path):
-            return read_segment(self._file)
+            segment = read_segment(self._file)
+            return without_rows(segment, lost) if lost else segment
 
 
 def holes_of(sources: Sequence[Source], steps: np.ndarray, order: np.ndarray) -> list[Hole]:

@@ -21,7 +21,8 @@ import numpy as np
 
 from normuon_lens.errors import RunError
 from normuon_lens.runfile.claim import LOCK, lock, owner_of, survey
-from normuon_lens.runfile.guard import open_guarded
+from normuon_lens.runfile.flaws import flaws_of
+from normuon_lens.runfile.guard import MAX_LINKS, open_guarded
 from normuon_lens.runfile.manifest import FINISHED, NAME, Entry, Manifest, write_durably
 from normuon_lens.runfile.pack import await_ranks, pack_in_place
 from normuon_lens.runfile.schema import LIBVER, Event, Matrices, Shard, parts_of, to_json
@@ -128,6 +129,11 @@ class Writer:
         self._locked = False
         self._found: Manifest | None = None
         self._clear()
+        if len(matrices) > MAX_LINKS // 4:
+            raise RunError(
+                f"{path}: {len(matrices)} matrices are more than one recording can hold "
+                f"({MAX_LINKS // 4}); choose some with include= or exclude="
+            )
         try:
             self._manifest = self._claim()
             self.committed = self.last_step
@@ -493,7 +499,12 @@ class Writer:
             try:
                 with ExitStack() as stack:
                     files = [stack.enter_context(self._open(entry)) for entry in tail]
-                    image = self._image([read_segment(file) for file in files])
+                    segments = [read_segment(file) for file in files]
+                    for file, entry, segment in zip(files, tail, segments, strict=True):
+                        path = self._folder / entry.file
+                        for flaw in flaws_of(file, path, segment.arrays, self._matrices):
+                            raise RunError(flaw.text)
+                    image = self._image(segments)
                 steps = [step for entry in tail if entry.rows for step in (entry.first, entry.last)]
                 rows = sum(entry.rows for entry in tail)
                 merged = self._add(image, rows, steps, tail[0].level + 1)
