@@ -225,7 +225,7 @@ def test_checksums_do_not_depend_on_the_pieces(
         digests.add("x", values[start : start + count])
         start += count
     with h5py.File(tmp_path / "x.h5", "w") as file:
-        digests.write(file)
+        digests.write(file, {})
         rows, sums = file["digests/rows"][0], file["digests/crc32"][()].tolist()
     assert rows == max(1, BLOCK_BYTES // (4 * columns))
     assert sums == [zlib.crc32(values[i : i + rows].tobytes()) for i in range(0, 10, rows)]

@@ -9,7 +9,7 @@ from __future__ import annotations
 
 import math
 import zlib
-from collections.abc import Callable, Collection, Iterator, Sequence
+from collections.abc import Callable, Collection, Iterator, Mapping, Sequence
 from typing import Any, NamedTuple
 
 import h5py
@@ -76,8 +76,8 @@ class Digests:
             at, filled = at + take, (filled + take) % block
         self._filled[dataset] = filled
 
-    def write(self, file: h5py.File) -> None:
-        """Write all checksums into ``/digests``."""
+    def write(self, file: h5py.File, filters: Mapping[str, Any]) -> None:
+        """Write all checksums into ``/digests``, through these filters of h5py."""
         group = file.create_group(GROUP)
         table = (
             fixed_strings(list(self._sums)),
@@ -85,7 +85,7 @@ class Digests:
             np.array([crc for sums in self._sums.values() for crc in sums], dtype=np.uint32),
         )
         for name, column in zip(COLUMNS, table, strict=True):
-            group[name] = column
+            group.create_dataset(name, data=column, **(filters if column.size else {}))
         group.attrs["crc32"] = _crc_of(table)
 
 

@@ -35,6 +35,12 @@ from normuon_lens.runfile.schema import (
 PIECE_BYTES = 32 << 20
 """Bytes copied at a time when segments are merged."""
 
+GZIP: dict[str, Any] = {"compression": "gzip", "compression_opts": 9, "shuffle": True}
+"""Filters that every HDF5 reads."""
+
+LIST_CHUNK = 1 << 14
+"""Numbers of a chunk of a list, such as that of the steps, where it is compressed."""
+
 MAX_SIDE = 2**31
 """Rows or columns of a matrix: far beyond any, and no sum of them overflows."""
 
@@ -150,7 +156,7 @@ def write_segment(
     _write_matrices(file.create_group("matrices"), matrices)
     if shard:
         _write_shard(file, shard)
-    filters = {"compression": "gzip", "shuffle": True} if compress else {}
+    filters = GZIP if compress else {}
     for path in dict.fromkeys(path for segment in segments for path in segment.arrays):
         _concatenate(file, path, segments, packed, filters, digests, progress)
     _write_scalars(file.require_group("steps"), segments, filters)
@@ -162,9 +168,9 @@ def write_segment(
         group["text"] = fixed_strings([event.text for event in events])
     for path in (*SCALAR_FIELDS, *small_datasets(file)):
         digests.add(path, file[path][()])
-    digests.write(file)
+    digests.write(file, filters)
     if packed:
-        _annotate(file)
+        _annotate(file, filters)
 
 
 def small_datasets(file: h5py.File) -> list[str]:
@@ -502,7 +508,7 @@ def _concatenate(
     shape = (rows, *blocks[0].shape[1:])
     # A training resumed with another `store` has float16 and float32: nothing may be lost.
     dtype = np.result_type(*{block.dtype for block in blocks})
-    chunks = _chunks(path, shape, dtype.itemsize, packed)
+    chunks = _chunks(path, shape, dtype.itemsize, packed, compress=bool(filters))
     dataset = file.create_dataset(
         path, shape, dtype=dtype, chunks=chunks, **(filters if chunks else {})
     )
@@ -531,7 +537,7 @@ def _block(segment: Segment, path: str, segments: Sequence[Segment]) -> Any:
 
 
 def _chunks(
-    path: str, shape: tuple[int, ...], itemsize: int, packed: bool
+    path: str, shape: tuple[int, ...], itemsize: int, packed: bool, *, compress: bool
 ) -> tuple[int, ...] | None:
     if 0 in shape:
         return None
@@ -540,6 +546,8 @@ def _chunks(
         return (1, min(m, max(1, MATRIX_CHUNK_BYTES // (n * itemsize))), n)
     if len(shape) == 2:
         return (min(256, shape[0]), min(256, shape[1])) if packed else (1, shape[1])
+    if compress and len(shape) == 1:  # only what is chunked can be compressed
+        return (min(LIST_CHUNK, shape[0]),)
     return None
 
 
@@ -560,7 +568,7 @@ OF_A_SAMPLE = {
 """What stands beside a spectrum, one number a matrix: what it is, and its unit."""
 
 
-def _annotate(file: h5py.File) -> None:
+def _annotate(file: h5py.File, filters: Mapping[str, Any]) -> None:
     """Add dimension scales and NeXus NXdata attributes: general viewers then plot the run.
 
     Scales name the axes for xarray, and stand beside what they measure, where NXdata looks for
@@ -582,7 +590,8 @@ def _annotate(file: h5py.File) -> None:
         group = file["neurons"]
         stages = list(group)
         group["step"] = steps["step"]
-        group["neuron"] = np.arange(group[stages[0]].shape[1], dtype=np.int32)
+        numbers = np.arange(group[stages[0]].shape[1], dtype=np.int32)
+        group.create_dataset("neuron", data=numbers, **filters)
         _scale(group, "neuron", "neurons of all matrices, one matrix after the other")
         for stage in stages:
             _describe(
@@ -590,12 +599,17 @@ def _annotate(file: h5py.File) -> None:
             )
         _nxdata(group, "update" if "update" in stages else min(stages), "step", "neuron")
         file.attrs["default"] = np.bytes_("neurons")
+    value = None
     for stage in file.get("spectra", ()):
         group = file["spectra"][stage]
         group["name"] = matrices["name"]
-        group["value"] = np.arange(group["sigma"].shape[1], dtype=np.int32)
         _scale(group, "step", "optimizer step")
-        _scale(group, "value", "singular values of all matrices, one matrix after the other")
+        if value is None:
+            numbers = np.arange(group["sigma"].shape[1], dtype=np.int32)
+            value = group.create_dataset("value", data=numbers, **filters)
+            _scale(group, "value", "singular values of all matrices, one matrix after the other")
+        else:
+            group["value"] = value
         _describe(
             group["sigma"], f"singular values, {stage}", "weight", group["step"], group["value"]
         )
