@@ -28,7 +28,7 @@ MAX_EXPANSION = 1100
 What is smaller than SMALL may be sparser."""
 SMALL = 16 << 20
 MAX_LIST_EXPANSION = 32
-"""The same of lists, which are read as soon as a file is opened: a writer compresses none."""
+"""The same of lists, which are read as soon as a file is opened: times hardly compress."""
 TABLES_IN_MEMORY = {"scalars", "floor", "weight_norm", "decay"}
 """Datasets that are no lists and are read as soon as a file is opened all the same."""
 SIGNATURE = b"\x89HDF\r\n\x1a\n"
