@@ -17,6 +17,7 @@ from browsing import (
 )
 
 from normuon_lens.runfile import Matrices, Matrix, Writer, made_up_run
+from normuon_lens.runfile.schema import printable
 
 pytest.importorskip("playwright.sync_api")
 pytestmark = needs_chromium
@@ -302,7 +303,7 @@ def test_names_are_shown_and_never_run_and_files_that_lie_say_so(open_page, host
     assert "text.h5: not a readable HDF5 file" in said
     assert "half.h5: truncated" in said
     page.press(*"[[[[")
-    for name, (rows, _) in NAMES.items():
+    for name, (rows, _) in zip(map(printable, NAMES), NAMES.values(), strict=True):
         until(lambda name=name: page.query()["matrix"] == name)
         until(lambda rows=rows: len(page.figure("neurons")["data"][0]["y"]) == rows)
         tab.locator("[data-panel=neurons]").click()
@@ -312,7 +313,7 @@ def test_names_are_shown_and_never_run_and_files_that_lie_say_so(open_page, host
         page.press("]")
     tab.get_by_role("button", name="Table").click()
     names = tab.locator("#overview tbody .leads").all_text_contents()
-    assert names == list(NAMES)
+    assert names == list(map(printable, NAMES))
     assert tab.locator("img, iframe, object, script[src*=x]").count() == 0
     assert tab.evaluate("document.documentElement.scrollWidth <= window.innerWidth")
 
