@@ -431,7 +431,7 @@ def main() -> None:
             print_goal("two workers, of one", ratio(two, one), CORES_GOAL)
             kept["analyze"] = pairs
     if given.json:
-        given.json.write_text(json.dumps(kept, indent=1))
+        given.json.write_text(json.dumps(kept, indent=1, default=lambda number: number.item()))
 
 
 if __name__ == "__main__":
