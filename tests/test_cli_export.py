@@ -3,11 +3,13 @@
 from __future__ import annotations
 
 import csv
+import gc
 import importlib
 import json
 from collections.abc import Callable
 from pathlib import Path
 
+import h5py
 import numpy as np
 import pandas as pd
 import pyarrow.parquet
@@ -314,3 +316,24 @@ def test_progress_reaches_its_end(tmp_path: Path) -> None:
     export([run], tmp_path / "x.csv", progress=lambda done, total: told.append((done, total)))
     assert told == sorted(told)
     assert told[-1][0] == told[-1][1]
+
+
+@pytest.mark.parametrize("suffix", FORMATS)
+def test_damage_met_halfway_is_one_line_and_leaves_nothing(
+    suffix: str, staged: Path, tmp_path: Path, capfd: pytest.CaptureFixture[str]
+) -> None:
+    run = tmp_path / "x.h5"
+    main(["pack", str(staged), "--compress", "-o", str(run)])
+    with h5py.File(run, locking=False) as file:
+        offset = file["spectra/update/sigma"].id.get_chunk_info(0).byte_offset
+    damaged = bytearray(run.read_bytes())
+    damaged[offset : offset + 8] = bytes(8)
+    run.write_bytes(damaged)
+    capfd.readouterr()
+    assert main(["export", str(run), "-o", str(tmp_path / f"out{suffix}")]) == 2
+    gc.collect()  # what was not closed complains when it is collected
+    said = capfd.readouterr().err
+    assert said.startswith("normuon-lens: ")
+    assert said.count("\n") == 1
+    assert "spectra/update/sigma" in said
+    assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]

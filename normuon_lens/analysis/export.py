@@ -10,7 +10,7 @@ import json
 import math
 import os
 from collections.abc import Callable, Iterator, Sequence
-from contextlib import contextmanager, suppress
+from contextlib import closing, contextmanager, suppress
 from difflib import get_close_matches
 from pathlib import Path
 from typing import IO, Any, NamedTuple, Protocol
@@ -126,8 +126,7 @@ def export(
     parts = plan(runs, others, stages, steps) if others else []
     total = sum(_length(part, name) for part in parts for name in part.metrics)
     done = written = 0
-    with _whole(path) as file:
-        writer = WRITERS[path.suffix](file)
+    with _whole(path) as file, closing(WRITERS[path.suffix](file)) as writer:
         of_scalars = _logged(runs, logged if of_all else scalars, steps)
         for numbers in itertools.chain(of_scalars, _measured(parts)):
             writer.write(numbers)
@@ -137,7 +136,6 @@ def export(
                 progress(done, total)
         if steps is not None and parts and not written:
             raise LensError(nothing_at(parts, steps))
-        writer.close()
     return written
 
 
@@ -295,8 +293,12 @@ class ParquetWriter:
 
     def close(self) -> None:
         """Write the last rows and the table of contents."""
-        self._flush()
-        self._file.close()
+        try:
+            self._flush()
+            self._file.close()
+        finally:
+            # Else it would try once more when it is collected, and complain of it.
+            self._file.is_open = False
 
     def _names(self, texts: Sequence[str | None], index: np.ndarray) -> Any:
         plain = [text.encode(errors="replace").decode() for text in texts if text is not None]
