@@ -336,4 +336,5 @@ def test_damage_met_halfway_is_one_line_and_leaves_nothing(
     assert said.startswith("normuon-lens: ")
     assert said.count("\n") == 1
     assert "spectra/update/sigma" in said
+    assert "normuon-lens check" in said
     assert [path.name for path in tmp_path.iterdir()] == ["x.h5"]

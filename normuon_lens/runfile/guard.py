@@ -87,8 +87,11 @@ def damage(path: Path, what: str = "") -> Iterator[None]:
     except RunError:
         raise
     except Exception as error:
-        where = f"{what}: " if what else ""
-        raise RunError(f"{path}: damaged ({where}{reason_of(error)})") from None
+        reason = reason_of(error)
+        if what:  # of a file that could be opened
+            hint = "normuon-lens check tells what is still good"
+            raise RunError(f"{path}: damaged ({what}: {reason}); {hint}") from None
+        raise RunError(f"{path}: damaged ({reason})") from None
 
 
 def reason_of(error: Exception) -> str:
