@@ -79,7 +79,7 @@ class Digests:
     def write(self, file: h5py.File, filters: Mapping[str, Any]) -> None:
         """Write all checksums into ``/digests``, through these filters of h5py."""
         group = file.create_group(GROUP)
-        table = (
+        table: tuple[np.ndarray, ...] = (
             fixed_strings(list(self._sums)),
             np.array(list(self._rows.values()), dtype=np.int64),
             np.array([crc for sums in self._sums.values() for crc in sums], dtype=np.uint32),
