@@ -87,6 +87,9 @@ def work(folder: str, refused: list[list[str]]) -> dict[Any, Any]:
             found[world] = train(text)
             if world > 1:
                 dist.destroy_process_group()
+    if rank > 1:
+        return found
+    # Of two ranks alone: the second to let go of it removes the file.
     ports = dist.FileStore(f"{folder}/ports", 2)
     if rank == 0:
         servers = [
@@ -94,8 +97,7 @@ def work(folder: str, refused: list[list[str]]) -> dict[Any, Any]:
         ]
         for i, server in enumerate(servers):
             ports.set(str(i), str(server.port))
-    if rank < 2:
-        found["refused"] = [call(a, rank, int(ports.get(str(i)))) for i, a in enumerate(refused)]
+    found["refused"] = [call(a, rank, int(ports.get(str(i)))) for i, a in enumerate(refused)]
     return found
 
 
