@@ -13,12 +13,12 @@ from typing import Any, NamedTuple
 
 import numpy as np
 
+from normuon_lens.analysis.export import FORMULA
+
 from .frame import Figure, numbers
 
 TOLD = 8
 """Runs that a text alternative tells of; nobody listens to more."""
-FORMULA = ("=", "+", "-", "@", "\t", "\r")
-"""A spreadsheet would run what begins like this."""
 NOTHING = "nothing finite"
 
 Row = dict[str, Any]
